@@ -1,0 +1,62 @@
+"""How much of a language model does one prediction need, which part, and why?"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tracedensity.activations import Activations, capture
+    from tracedensity.curve import DensityCurve, density
+    from tracedensity.evaluation import Evaluation, evaluate
+    from tracedensity.extract import Ranking
+    from tracedensity.files import load
+    from tracedensity.graph.circuit import Circuit
+    from tracedensity.graph.token import TokenGraph
+    from tracedensity.loading import load_model
+    from tracedensity.score import Scores, attribute
+
+__version__ = "0.1.0"
+
+# Public name -> module that defines it. Nothing is imported before a name is used: torch and
+# TransformerLens take seconds. No module is named like a public function: importing it would put it in the
+# function's place.
+_PUBLIC = {
+    "Activations": "activations",
+    "Circuit": "graph.circuit",
+    "DensityCurve": "curve",
+    "Evaluation": "evaluation",
+    "Ranking": "extract",
+    "Scores": "score",
+    "TokenGraph": "graph.token",
+    "attribute": "score",
+    "capture": "activations",
+    "density": "curve",
+    "evaluate": "evaluation",
+    "load": "files",
+    "load_model": "loading",
+}
+
+__all__ = [
+    "Activations",
+    "Circuit",
+    "DensityCurve",
+    "Evaluation",
+    "Ranking",
+    "Scores",
+    "TokenGraph",
+    "attribute",
+    "capture",
+    "density",
+    "evaluate",
+    "load",
+    "load_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'tracedensity' has no attribute {name!r}; it has {', '.join(__all__)}.")
+    return getattr(import_module(f"tracedensity.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,369 @@
+"""What the library needs from a model, and the only place that knows hook names, weight names and architectures."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, TypeAlias, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Prompt: TypeAlias = str | Sequence[int] | Tensor
+"""One prompt: text, a list of token ids, or a tensor of them."""
+
+Edit: TypeAlias = Callable[[Tensor], Tensor]
+"""What to put in place of a value, given the value."""
+
+Site: TypeAlias = tuple[str, int]
+"""A value inside the model: its name (a key of `_SITES`, or ``skip_attn``, ``skip_mlp``) and its layer."""
+
+_SITES = {
+    "resid_pre": "blocks.{}.hook_resid_pre",  # [batch, pos, d_model]
+    "q": "blocks.{}.attn.hook_q",  # [batch, pos, head, d_head]
+    "k": "blocks.{}.attn.hook_k",  # [batch, pos, kv_head, d_head]
+    "v": "blocks.{}.attn.hook_v",  # [batch, pos, kv_head, d_head]
+    "pattern": "blocks.{}.attn.hook_pattern",  # [batch, head, dest, src]
+    "z": "blocks.{}.attn.hook_z",  # [batch, pos, head, d_head]
+    "attn_out": "blocks.{}.hook_attn_out",  # [batch, pos, d_model]
+    "resid_mid": "blocks.{}.hook_resid_mid",  # [batch, pos, d_model]
+    "pre": "blocks.{}.mlp.hook_pre",  # [batch, pos, d_mlp]
+    "post": "blocks.{}.mlp.hook_post",  # [batch, pos, d_mlp]
+    "mlp_out": "blocks.{}.hook_mlp_out",  # [batch, pos, d_model]
+    "resid_post": "blocks.{}.hook_resid_post",  # [batch, pos, d_model]
+}
+
+
+class HookedModel(Protocol):
+    """The part of TransformerLens' `HookedTransformer` that is used here."""
+
+    cfg: Any
+    blocks: Any
+    tokenizer: Any
+
+    def hooks(self, fwd_hooks: list[tuple[str, Callable[..., Any]]]) -> AbstractContextManager[Any]: ...
+    def to_tokens(self, input: str) -> Tensor: ...
+    def __call__(self, input: Tensor, **kwargs: Any) -> Any: ...
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """A normalisation layer with its scale frozen, which makes it a linear map.
+
+    Attributes:
+        scale: What the vectors at each position are divided by.
+        weight: Learned factor of each dimension; ones where it is folded into the next weights.
+        centred: Whether the mean over dimensions is subtracted first (LayerNorm), or not (RMSNorm).
+
+    A learned bias is not part of the map: it belongs to no contribution.
+    """
+
+    scale: Float[Tensor, "pos 1"]
+    weight: Float[Tensor, " d_model"]
+    centred: bool
+
+    def without_scale(self, vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The map up to the scale of the position that reads the vector."""
+        if self.centred:
+            vectors = vectors - vectors.mean(-1, keepdim=True)
+        return vectors * self.weight
+
+    def __call__(self, vectors: Float[Tensor, "pos d_model"]) -> Float[Tensor, "pos d_model"]:
+        """What the layer makes of one summand of its input, given the whole input's scale."""
+        return self.without_scale(vectors) / self.scale
+
+
+@dataclass(frozen=True, eq=False)
+class Transformer:
+    """A TransformerLens model seen through the few operations that the library needs.
+
+    Attributes:
+        model: The user's own object. It is never changed: hooks live in `with` blocks.
+        name: What to call the model in results and messages.
+        n_kv_heads: Number of key/value heads; fewer than `n_heads` with grouped-query attention.
+        has_mlp: False for attention-only models.
+    """
+
+    model: HookedModel
+    name: str
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_model: int
+    d_head: int
+    d_mlp: int
+    d_vocab: int
+    n_ctx: int
+    has_mlp: bool
+
+    @property
+    def device(self) -> torch.device:
+        return next(p for _, p in self.model.named_parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.cfg.dtype
+
+    # -- prompts ---------------------------------------------------------------------------------
+
+    def tokens(self, prompt: Prompt, position: int = -1) -> Int[Tensor, " pos"]:
+        """Token ids of a prompt, up to the position whose prediction is explained.
+
+        Text gets the beginning-of-sequence token that the model's tokenizer is set to prepend; ids are
+        taken as they are. Attention is causal, so what comes after `position` cannot matter.
+
+        Raises:
+            ValueError: If the prompt is empty, longer than the context, holds ids outside the
+                vocabulary, or has no such position.
+        """
+        if isinstance(prompt, str):
+            if not prompt:
+                raise ValueError("`prompt` must hold at least one token, got an empty string.")
+            if self.model.tokenizer is None:
+                raise ValueError("`prompt` must be token ids: this model has no tokenizer to read text with.")
+            ids = self.model.to_tokens(prompt)[0]
+        else:
+            ids = torch.as_tensor(prompt)
+            if ids.dim() != 1 or ids.is_floating_point():
+                raise ValueError(
+                    "`prompt` must be text, a list of token ids or a [pos] integer tensor, "
+                    f"got {ids.dtype} of shape {list(ids.shape)}."
+                )
+            ids = ids.long()
+        if not len(ids):
+            raise ValueError("`prompt` must hold at least one token, got none.")
+        if len(ids) > self.n_ctx:
+            raise ValueError(
+                f"`prompt` must fit the context of {self.name}, {self.n_ctx} tokens, got {len(ids)}. Shorten it."
+            )
+        if int(ids.min()) < 0 or int(ids.max()) >= self.d_vocab:
+            bad = ids[(ids < 0) | (ids >= self.d_vocab)][:5].tolist()
+            raise ValueError(f"`prompt` must hold token ids from 0 to {self.d_vocab - 1}, got {bad}.")
+        if not -len(ids) <= position < len(ids):
+            raise ValueError(
+                f"`position` must be a token of the prompt, from {-len(ids)} to {len(ids) - 1}, got {position}."
+            )
+        return ids[: position % len(ids) + 1].to(self.device)
+
+    def texts(self, ids: Int[Tensor, " pos"] | Sequence[int]) -> list[str]:
+        """The text of each token; its id where the model has no tokenizer."""
+        tokenizer = self.model.tokenizer
+        if tokenizer is None:
+            return [str(int(i)) for i in ids]
+        return [_text(tokenizer, int(i)) for i in ids]
+
+    # -- running ---------------------------------------------------------------------------------
+
+    def logits(
+        self, tokens: Int[Tensor, "batch pos"], edits: Mapping[Site, Edit] | None = None
+    ) -> Float[Tensor, "batch d_vocab"]:
+        """Logits at the last position, in float32 or better, with values edited on the way.
+
+        Only that position goes through the unembedding, whose output for a whole batch of prompts
+        would often be the largest tensor of all.
+        """
+        hooks = self._edit_hooks(edits or {})
+        hooks.append((self._hook("resid_post", self.n_layers - 1), lambda value, hook: value[:, -1:]))
+        with torch.no_grad(), self.model.hooks(fwd_hooks=hooks):
+            logits = self.model(tokens, return_type="logits", padding_side="right")
+        return _full_precision(logits[:, -1])
+
+    @contextmanager
+    def reading(self, sites: Mapping[Site, Callable[[Tensor], None]]) -> Iterator[None]:
+        """While open, hand the value at each site to its function, whenever the model runs."""
+
+        def read(value: Tensor, hook: object, function: Callable[[Tensor], None]) -> None:
+            function(value)
+
+        hooks = [(self._hook(*site), partial(read, function=function)) for site, function in sites.items()]
+        with self.model.hooks(fwd_hooks=hooks):
+            yield
+
+    def _hook(self, name: str, layer: int) -> str:
+        if name == "final_scale":
+            return "ln_final.hook_scale"
+        if name == "attn_scale":
+            return f"blocks.{layer}.{self._attn_norm_name}.hook_scale"
+        if name == "resid_mid" and not self.has_mlp:
+            name = "resid_post"
+        return _SITES[name].format(layer)
+
+    def _edit_hooks(self, edits: Mapping[Site, Edit]) -> list[tuple[str, Callable[..., Any]]]:
+        hooks: list[tuple[str, Callable[..., Any]]] = []
+        for (name, layer), edit in edits.items():
+            if name == "skip_attn":
+                hooks += self._skip_hooks(layer, "resid_pre", "attn_out", "resid_mid", edit)
+            elif name == "skip_mlp":
+                hooks += self._skip_hooks(layer, "resid_mid", "mlp_out", "resid_post", edit)
+            else:
+                hooks.append((self._hook(name, layer), lambda value, hook, edit=edit: edit(value)))
+        return hooks
+
+    def _skip_hooks(
+        self, layer: int, before: str, branch: str, after: str, edit: Edit
+    ) -> list[tuple[str, Callable[..., Any]]]:
+        """The skip connection around a sublayer has no hook: the sum is made again from its two terms.
+
+        Adding and subtracting the skip term from the sum would lose digits to rounding.
+        """
+        terms: dict[str, Tensor] = {}
+
+        def keep(value: Tensor, hook: object, name: str) -> None:
+            terms[name] = value
+
+        def replace(value: Tensor, hook: object) -> Tensor:
+            return edit(terms.pop("skip")) + terms.pop("branch")
+
+        return [
+            (self._hook(before, layer), partial(keep, name="skip")),
+            (self._hook(branch, layer), partial(keep, name="branch")),
+            (self._hook(after, layer), replace),
+        ]
+
+    # -- weights ---------------------------------------------------------------------------------
+
+    def W_O(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
+        """Output projection of each head, in float32 or better (a view where it already is)."""
+        return _full_precision(self.model.blocks[layer].attn.W_O.detach())
+
+    def W_out(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:
+        """What each MLP neuron writes to the residual stream, in float32 or better."""
+        weight = getattr(self.model.blocks[layer].mlp, "W_out", None)
+        if weight is None:
+            raise ValueError(f"Neurons of {self.name} cannot be told apart: layer {layer} is no plain MLP (experts?).")
+        return _full_precision(weight.detach())
+
+    def per_head(self, values: Float[Tensor, "*pos kv_head d_head"]) -> Float[Tensor, "*pos head d_head"]:
+        """Keys or values repeated for the query heads that share them."""
+        return values.repeat_interleave(self.n_heads // self.n_kv_heads, dim=-2)
+
+    @property
+    def scale_sites(self) -> list[Site]:
+        """The frozen scales that linearising the norms after a sublayer needs."""
+        sites = [("final_scale", 0)] if self.model.cfg.normalization_type is not None else []
+        if self._attn_norm_name:
+            sites += [("attn_scale", layer) for layer in range(self.n_layers)]
+        return sites
+
+    def final_norm(self, scale: Float[Tensor, "pos 1"] | None) -> Norm | None:
+        """The norm before the unembedding, at its scale on one prompt; None where the model has none."""
+        return None if scale is None else self._norm(cast(Any, self.model).ln_final, scale)
+
+    def attn_norm(self, layer: int, scale: Float[Tensor, "pos 1"] | None) -> Norm | None:
+        """The norm between the heads' outputs and the stream (Gemma 2, OLMo 2); None in most models."""
+        name = self._attn_norm_name
+        return None if scale is None or not name else self._norm(getattr(self.model.blocks[layer], name), scale)
+
+    def _norm(self, module: Any, scale: Float[Tensor, "pos 1"]) -> Norm:
+        weight = getattr(module, "w", None)
+        weight = torch.ones(self.d_model, device=scale.device) if weight is None else weight.detach()
+        centred = type(module).__name__.startswith("LayerNorm")
+        return Norm(_full_precision(scale), _full_precision(weight), centred)
+
+    @property
+    def _attn_norm_name(self) -> str:
+        if self.model.cfg.use_normalization_before_and_after:
+            return "ln1_post"
+        if _norm_after_sublayer(self.model.cfg):
+            return "ln1"
+        return ""
+
+    def fingerprint(self) -> str:
+        """A short hash of the architecture and of samples of every weight: the same model, or another.
+
+        Folded weights are another model: their contributions to the stream are other vectors.
+        """
+        digest = hashlib.sha256()
+        shape = (self.n_layers, self.n_heads, self.n_kv_heads, self.d_model, self.d_mlp, self.d_vocab)
+        digest.update(json.dumps([*shape, str(self.model.cfg.normalization_type)]).encode())
+        for name, parameter in self.model.named_parameters():
+            flat = parameter.detach().flatten()
+            sample = flat[:: max(1, len(flat) // 16)][:17]
+            digest.update(name.encode() + sample.float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def as_transformer(model: object) -> Transformer:
+    """The model seen through what the library needs.
+
+    Args:
+        model: A TransformerLens `HookedTransformer`, or what `load_model` accepts, or a `Transformer`.
+
+    Raises:
+        ValueError: If the object is no such model, or has an architecture that the graphs here do not describe.
+    """
+    if isinstance(model, Transformer):
+        return model
+    if isinstance(model, str):
+        from tracedensity.loading import load_model
+
+        model = load_model(model)
+    cfg = getattr(model, "cfg", None)
+    if cfg is None or not hasattr(model, "blocks") or not hasattr(model, "hooks"):
+        raise ValueError(
+            "`model` must be a HookedTransformer of TransformerLens or a name for `td.load_model`, "
+            f"got {type(model).__name__}."
+        )
+    if getattr(cfg, "parallel_attn_mlp", False):
+        raise ValueError(
+            f"`model` must have its MLP after attention, got {cfg.model_name}, where both read the same stream: "
+            "the token graph does not describe parallel blocks."
+        )
+    if getattr(cfg, "attention_dir", "causal") != "causal":
+        raise ValueError(f"`model` must be a causal language model, got attention in both directions ({cfg.model_name}).")
+    return Transformer(
+        model=cast(HookedModel, model),
+        name=str(cfg.model_name),
+        n_layers=cfg.n_layers,
+        n_heads=cfg.n_heads,
+        n_kv_heads=cfg.n_key_value_heads or cfg.n_heads,
+        d_model=cfg.d_model,
+        d_head=cfg.d_head,
+        d_mlp=cfg.d_mlp or 0,
+        d_vocab=cfg.d_vocab,
+        n_ctx=cfg.n_ctx,
+        has_mlp=not cfg.attn_only,
+    )
+
+
+def require_finite(values: Tensor, quantity: str, layer: int | None = None) -> None:
+    """Raise a ValueError that names the layer if a value is NaN or infinite.
+
+    The sum is tested first: it is finite only if all summands are, and is one cheap pass.
+    """
+    if values.sum().isfinite() or values.isfinite().all():
+        return
+    where = "the model" if layer is None else f"layer {layer}"
+    bad = int((~values.isfinite()).sum())
+    raise ValueError(
+        f"`model` must give finite values, got {bad} NaN or infinite in {quantity} of {where}. "
+        "Look at its weights, or load it in float32."
+    )
+
+
+def _norm_after_sublayer(cfg: Any) -> bool:
+    from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
+
+    return cfg.original_architecture in POST_NORM_ARCHITECTURES
+
+
+def _full_precision(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _text(tokenizer: Any, token: int) -> str:
+    """The text of one token, its leading space kept.
+
+    Tokenizers that drop it (SentencePiece's kind) show it in the token's own name, as U+2581.
+    """
+    text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    name = tokenizer.convert_ids_to_tokens(token)
+    if isinstance(name, str) and name.startswith("▁") and not text.startswith(" "):
+        text = " " + text
+    return text
+
+

@@ -1,0 +1,1 @@
+"""The recipe of the two bundled models: tokenizer, training, evaluation, export."""
