@@ -36,6 +36,16 @@ _SITES = {
     "resid_post": "blocks.{}.hook_resid_post",  # [batch, pos, d_model]
 }
 
+# Where a value that is not finite is looked for in a plain run, and what to call it.
+_CHECKED = {
+    "resid_pre": "the stream entering the block",
+    "q": "the queries",
+    "k": "the keys",
+    "v": "the values",
+    "attn_out": "the attention output",
+    "mlp_out": "the MLP output",
+}
+
 
 class HookedModel(Protocol):
     """The part of TransformerLens' `HookedTransformer` that is used here."""
@@ -182,6 +192,38 @@ class Transformer:
         hooks = [(self._hook(*site), partial(read, function=function)) for site, function in sites.items()]
         with self.model.hooks(fwd_hooks=hooks):
             yield
+
+    def run(
+        self, tokens: Int[Tensor, " pos"], sites: Sequence[Site] = ()
+    ) -> tuple[Float[Tensor, " d_vocab"], dict[Site, Tensor]]:
+        """One plain run on one prompt.
+
+        Returns:
+            Logits at the last position, and the values at the sites asked for, without batch axis, in
+            float32 or better.
+
+        Raises:
+            ValueError: If a value inside the model is NaN or infinite, naming the first layer. Queries and
+                keys are looked at too: TransformerLens turns a pattern that is NaN into zeros.
+        """
+        held: dict[Site, Tensor] = {}
+        readers: dict[Site, Callable[[Tensor], None]] = {}
+
+        def hold(value: Tensor, site: Site, keep: bool) -> None:
+            if site[0] in _CHECKED:
+                require_finite(value, _CHECKED[site[0]], site[1])
+            if keep:
+                held[site] = _full_precision(value[0])
+
+        checked = [(name, layer) for layer in range(self.n_layers) for name in _CHECKED]
+        if not self.has_mlp:
+            checked = [site for site in checked if site[0] != "mlp_out"]
+        for site in dict.fromkeys([*checked, *sites]):
+            readers[site] = partial(hold, site=site, keep=site in sites)
+        with self.reading(readers):
+            logits = self.logits(tokens[None])[0]
+        require_finite(logits, "the logits")
+        return logits, held
 
     def _hook(self, name: str, layer: int) -> str:
         if name == "final_scale":

@@ -1,0 +1,408 @@
+"""Density curves: how faithful the circuit of each size is, and the smallest that is faithful enough."""
+
+import html
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tracedensity.evaluation import paper_sizes
+from tracedensity.extract import Family, Ranking, rank_edges
+from tracedensity.faithfulness import METRICS, entropy, faithfulness
+from tracedensity.graph.circuit import Circuit
+from tracedensity.graph.token import TokenGraph
+from tracedensity.model import Prompt, Transformer, as_transformer
+from tracedensity.provenance import Provenance
+from tracedensity.run import Attention, Conditions, run_family
+from tracedensity.score import Method, attribute
+from tracedensity.score.baseline import arrival_scores
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+THRESHOLDS = (0.5, 0.8, 0.9, 0.95, 0.99)
+PRECISION = 0.02
+"""Minimal sizes are exact to this share of themselves, or to one edge."""
+
+_ROUNDING = 1e-6  # faithfulness of the whole graph is 1 only up to rounding
+
+
+@dataclass(frozen=True, eq=False)
+class Points:
+    """Faithfulness of some circuits, smallest first.
+
+    Attributes:
+        sizes: Numbers of edges, strictly increasing.
+        faithfulness: Share of the model's prediction that each keeps; 1 is all.
+    """
+
+    sizes: Int[Tensor, " point"]
+    faithfulness: Float[Tensor, " point"]
+
+    def __post_init__(self) -> None:
+        if not (self.sizes.diff() > 0).all():
+            raise ValueError(f"`sizes` must strictly increase, got {self.sizes.tolist()}.")
+        if not (finite := self.faithfulness.isfinite()).all():
+            bad = self.sizes[~finite].tolist()
+            raise ValueError(f"`faithfulness` must be finite, got NaN or infinity at sizes {bad}.")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DensityCurve(Points):
+    """Faithfulness of a nested family of circuits for one prediction.
+
+    Attributes:
+        sizes: Numbers of edges of the circuits that were run, strictly increasing, up to all edges.
+        faithfulness: Share of the model's prediction that each keeps; 1 is all.
+        ranking: The order in which edges enter: the family itself.
+        thresholds: Faithfulnesses around which the curve was refined.
+        metric: What faithfulness means, see `tracedensity.faithfulness.faithfulness`.
+        conditions: How the circuits were run.
+        entropy: Entropy of the model's prediction in nats.
+        top_token: The token that it finds most probable.
+        top_text: Its text.
+        top_probability: Its probability.
+        random: The density papers' random baseline: connected subgraphs grown at random, run with all skip
+            connections kept, whatever the conditions of the curve; None if it was not asked for.
+        inverse: Their inverse baseline: everything but the circuit of a size, with all skip connections.
+    """
+
+    ranking: Ranking
+    thresholds: tuple[float, ...]
+    metric: str
+    conditions: Conditions
+    entropy: float
+    top_token: int
+    top_text: str
+    top_probability: float
+    random: Points | None = None
+    inverse: Points | None = None
+
+    @property
+    def provenance(self) -> Provenance:
+        """The model, the prompt and the method."""
+        return self.ranking.provenance
+
+    @property
+    def n_edges(self) -> int:
+        """Edges of the whole graph."""
+        return self.ranking.n_edges
+
+    @property
+    def auc(self) -> float:
+        """Density as the s-Trace paper's code has it: area under 1 - faithfulness over log10 of relative size.
+
+        Trapezoids on the paper's 27 sizes, those of no edge counted as 1e-8 (so they add up to three
+        decades). Higher is denser. Compare prompts of equal length only, or use `auc_of_edges`.
+
+        References:
+            arXiv 2605.27033, section on density; ``methods`` of its public code.
+        """
+        sizes = paper_sizes(self.n_edges)
+        return self._area(sizes, (sizes / self.n_edges).clamp(1e-8, 1.0))
+
+    @property
+    def auc_of_edges(self) -> float:
+        """The same area over the sizes of at least one edge only."""
+        sizes = paper_sizes(self.n_edges)
+        sizes = sizes[sizes > 0]
+        return self._area(sizes, sizes / self.n_edges)
+
+    def _area(self, sizes: Tensor, relative: Tensor) -> float:
+        lost = 1 - self.faithfulness[torch.searchsorted(self.sizes, sizes)]
+        return float(torch.trapezoid(lost.double(), relative.double().log10()))
+
+    def _reaches(self, threshold: float) -> Tensor:
+        reached = self.faithfulness >= threshold - _ROUNDING
+        reached[-1] = True  # the whole graph is the model
+        return reached
+
+    def minimal_size(self, threshold: float, stable: bool = False) -> int:
+        """Size of the smallest circuit that reaches a faithfulness.
+
+        An upper bound on the true minimum: only circuits of this family are considered. Exact within the
+        family to 2% or one edge at the curve's own thresholds, and to the spacing of its points elsewhere.
+
+        Args:
+            threshold: Faithfulness to reach, in (0, 1].
+            stable: Whether all larger circuits on the curve must reach it as well; if not, the first
+                circuit that does is enough (faithfulness need not grow with size).
+
+        Returns:
+            A number of edges; all of the graph's if nothing less is enough.
+
+        Raises:
+            ValueError: If the threshold is outside (0, 1].
+        """
+        _require_thresholds((threshold,))
+        reached = self._reaches(threshold)
+        if stable:  # from the largest circuit down, up to the first failure
+            reached = reached.flip(0).cumprod(0).flip(0).bool()
+        return int(self.sizes[reached][0])
+
+    def circuit(self, *, faithfulness: float | None = None, size: int | None = None, stable: bool = False) -> Circuit:
+        """A circuit of the family: the smallest that is faithful enough, or one of a given size.
+
+        Args:
+            faithfulness: What it has to reach, as for `minimal_size`.
+            size: Or its number of edges.
+            stable: As for `minimal_size`.
+
+        Raises:
+            ValueError: If not exactly one of `faithfulness` and `size` is given, or it is out of range.
+        """
+        if (faithfulness is None) == (size is None):
+            raise ValueError("give one of `faithfulness` and `size`, for example `curve.circuit(faithfulness=0.9)`.")
+        if size is None:
+            assert faithfulness is not None
+            size = self.minimal_size(faithfulness, stable)
+        where = torch.searchsorted(self.sizes, size)
+        measured = None
+        if where < len(self.sizes) and self.sizes[where] == size:
+            measured = float(self.faithfulness[where])
+        kept = self.ranking.circuit(size).kept
+        return Circuit(
+            self.ranking.graph,
+            kept,
+            self.provenance,
+            keep_residual=self.conditions.keep_residual,
+            attention=self.conditions.attention,
+            metric=self.metric,
+            faithfulness=measured,
+        )
+
+    def table(self) -> "pd.DataFrame":
+        """One row per threshold: first and stable minimal size, as numbers of edges and as shares, and what it reaches."""
+        import pandas as pd
+
+        return pd.DataFrame(self._rows())
+
+    def _rows(self) -> list[dict[str, Any]]:
+        rows = []
+        for threshold in self.thresholds:
+            first, stable = self.minimal_size(threshold), self.minimal_size(threshold, stable=True)
+            reached = float(self.faithfulness[torch.searchsorted(self.sizes, first)])
+            rows.append({
+                "threshold": threshold,
+                "size": first,
+                "fraction": first / self.n_edges,
+                "stable_size": stable,
+                "stable_fraction": stable / self.n_edges,
+                "faithfulness": reached,
+            })  # fmt: skip
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers of the curve, without circuits, as what JSON can hold."""
+        return {
+            "model": self.provenance.model,
+            "method": self.provenance.method,
+            "family": self.ranking.family,
+            "metric": self.metric,
+            "keep_residual": self.conditions.keep_residual,
+            "attention": self.conditions.attention,
+            "seed": self.provenance.seed,
+            "tokens": list(self.provenance.texts),
+            "token_ids": list(self.provenance.token_ids),
+            "n_edges": self.n_edges,
+            "entropy": self.entropy,
+            "top_token": self.top_text,
+            "top_token_id": self.top_token,
+            "top_probability": self.top_probability,
+            "auc": self.auc,
+            "auc_of_edges": self.auc_of_edges,
+            "sizes": self.sizes.tolist(),
+            "faithfulness": self.faithfulness.tolist(),
+            "minimal_size": {
+                f"{row['threshold']:g}": {
+                    "first": row["size"],
+                    "stable": row["stable_size"],
+                    "fraction": row["fraction"],
+                    "stable_fraction": row["stable_fraction"],
+                    "faithfulness": row["faithfulness"],
+                }
+                for row in self._rows()
+            },
+            "baselines": {
+                name: {"sizes": points.sizes.tolist(), "faithfulness": points.faithfulness.tolist()}
+                for name, points in (("random", self.random), ("inverse", self.inverse))
+                if points is not None
+            },
+        }
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write to one safetensors file, rankings and metadata included; `td.load` reads it."""
+        from tracedensity.files import save_curve
+
+        save_curve(self, path)
+
+    def plot(self) -> "go.Figure":
+        """Faithfulness over circuit size, with thresholds and baselines."""
+        from tracedensity.plot import plot_curve
+
+        return plot_curve(self)
+
+    def summary(self) -> str:
+        """One line: the prediction, and how much of the graph it needs."""
+        return (
+            f"{self.top_text!r} follows with probability {self.top_probability:.2f} "
+            f"(entropy {self.entropy:.2f} nats); {self.n_edges:,} edges; density (AUC) {self.auc:.2f}"
+        )
+
+    def __repr__(self) -> str:
+        lines = [f"DensityCurve: {self.provenance}", f"{self.provenance.prompt!r}", self.summary(), ""]
+        lines.append(f"{'faithfulness':>12}{'minimal circuit':>18}{'share':>9}{'stable from':>14}")
+        for row in self._rows():
+            lines.append(
+                f"{row['threshold']:>12g}{row['size']:>12,} edges{row['fraction']:>9.2%}{row['stable_size']:>14,}"
+            )
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{row['threshold']:g}</td><td>{row['size']:,}</td><td>{row['fraction']:.2%}</td>"
+            f"<td>{row['stable_size']:,}</td></tr>"
+            for row in self._rows()
+        )
+        return (
+            f"<p><b>DensityCurve</b> {html.escape(str(self.provenance))}<br>"
+            f"<code>{html.escape(self.provenance.prompt)}</code><br>{html.escape(self.summary())}</p>"
+            "<table><thead><tr><th>faithfulness</th><th>minimal circuit (edges)</th><th>share of all edges</th>"
+            f"<th>stable from (edges)</th></tr></thead><tbody>{rows}</tbody></table>"
+        )
+
+
+def density(
+    model: object,
+    prompt: Prompt,
+    *,
+    graph: Literal["token"] = "token",
+    method: Method = "norm",
+    family: Family = "greedy",
+    thresholds: Sequence[float] = THRESHOLDS,
+    metric: str = "tv",
+    ablation: Literal["zero"] = "zero",
+    keep_residual: bool = False,
+    attention: Attention = "masked",
+    baselines: bool = True,
+    position: int = -1,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> DensityCurve:
+    """How small a circuit can be and still reproduce a prediction, at each faithfulness.
+
+    Scores every edge, orders them, runs the circuits of the density papers' 27 sizes, and then circuits
+    between them until the minimal size at each threshold is known to 2% or one edge.
+
+    Args:
+        model: A HookedTransformer, or a name for `load_model`.
+        prompt: Text, token ids, or a ``[pos]`` tensor.
+        graph: ``"token"``, see `TokenGraph`.
+        method: How edges are scored, see `attribute`.
+        family: How scores become an order, see `tracedensity.extract.rank_edges`.
+        thresholds: Faithfulnesses in (0, 1] whose minimal sizes are wanted.
+        metric: Faithfulness is ``1 - TV`` for ``"tv"``, ``exp(-KL)`` for ``"kl"``, ``1 - JS / ln 2`` for ``"js"``,
+            agreement on the first token for ``"top1"``, recovered mass for ``"nucleus"``.
+        ablation: What replaces an absent edge.
+        keep_residual: Keep all skip connections, in the circuit or not.
+        attention: ``"open"`` counts absent attention edges but does not ablate them (the density papers' public code).
+        baselines: Whether to run the random and the inverse baseline as well.
+        position: Which prediction to explain; tokens after it cannot matter and are left out.
+        seed: For random scores and the random baseline.
+        batch_size: Circuits per forward pass; by default as many as memory allows.
+
+    Returns:
+        The curve, from which circuits, tables and figures are made.
+
+    Raises:
+        ValueError: If an argument is not as described, or a value inside the model is not finite.
+    """
+    thresholds = tuple(sorted({float(threshold) for threshold in thresholds}))
+    _require_thresholds(thresholds)
+    faithfulness(metric, torch.zeros(1))  # refuse a wrong name before the work
+    if ablation != "zero":
+        raise ValueError(f"`ablation` must be 'zero' on the token graph, got {ablation!r}.")
+    if attention not in ("masked", "open"):
+        raise ValueError(f"`attention` must be 'masked' or 'open', got {attention!r}.")
+    transformer = as_transformer(model)
+    tokens = transformer.tokens(prompt, position)
+    scores = attribute(transformer, tokens, graph=graph, method=method, seed=seed)
+    ranking = scores.rank(family)
+    full, _ = transformer.run(tokens)
+    top = int(full.argmax())
+
+    def measure(ranking: Ranking, sizes: Tensor, conditions: Conditions) -> Tensor:
+        logits = run_family(transformer, ranking.graph, tokens, ranking.rank, sizes, conditions, batch_size)
+        return faithfulness(metric, METRICS[metric](full, logits, top)).cpu()
+
+    conditions = Conditions(keep_residual=keep_residual, attention=attention)
+    grid = paper_sizes(ranking.n_edges).unique()
+    known = _refined(lambda sizes: measure(ranking, sizes, conditions), grid, thresholds)
+    if known.faithfulness[-1] < 1 - 1e-2:
+        raise ValueError(
+            f"`model` must be reproduced by the circuit of all edges, got a faithfulness of {known.faithfulness[-1]:.4f}: "
+            f"{transformer.name} computes something that the token graph does not describe."
+        )
+    random = inverse = None
+    if baselines:
+        coarse = torch.cat([grid[:-1:2], grid[-1:]])
+        grown = _random_ranking(transformer, ranking, tokens, seed)
+        random = Points(coarse, measure(grown, coarse, Conditions(keep_residual=True, attention=attention)))
+        inverse = Points(coarse, measure(ranking, coarse, Conditions(inverse=True, attention=attention)))
+    return DensityCurve(
+        known.sizes, known.faithfulness, ranking, thresholds, metric, conditions,
+        entropy=float(entropy(full)),
+        top_token=top,
+        top_text=transformer.texts([top])[0],
+        top_probability=float(full.softmax(-1)[top]),
+        random=random,
+        inverse=inverse,
+    )  # fmt: skip
+
+
+def _random_ranking(transformer: Transformer, ranking: Ranking, tokens: Tensor, seed: int) -> Ranking:
+    graph = TokenGraph.of(transformer, len(tokens))
+    grown = arrival_scores(graph, torch.Generator().manual_seed(seed))
+    return rank_edges(graph, grown, "top", ranking.provenance)
+
+
+def _refined(
+    measure: Callable[[Tensor], Tensor], grid: Int[Tensor, " point"], thresholds: tuple[float, ...]
+) -> Points:
+    """Measure a grid of sizes, then halve (on the log scale) every bracket that holds a minimal size.
+
+    All brackets of a round are measured together.
+    """
+    known = dict(zip(grid.tolist(), measure(grid).tolist(), strict=True))
+    while True:
+        sizes = sorted(known)
+        wanted = set()
+        for threshold in thresholds:
+            reached = [known[size] >= threshold - _ROUNDING for size in sizes]
+            reached[-1] = True
+            first = reached.index(True)
+            stable = len(sizes) - reached[::-1].index(False) if False in reached else 0
+            for upper in {first, stable}:
+                if upper == 0:
+                    continue
+                low, high = sizes[upper - 1], sizes[upper]
+                if high - low > 1 and high > low * (1 + PRECISION):
+                    middle = round(math.sqrt(max(low, 1) * high))
+                    wanted.add(min(max(middle, low + 1), high - 1))
+        if not wanted:
+            values = torch.tensor([known[size] for size in sizes], dtype=torch.float64)
+            return Points(torch.tensor(sizes), values)
+        more = torch.tensor(sorted(wanted))
+        known |= dict(zip(more.tolist(), measure(more).tolist(), strict=True))
+
+
+def _require_thresholds(thresholds: tuple[float, ...]) -> None:
+    bad = [threshold for threshold in thresholds if not 0 < threshold <= 1]
+    if bad or not thresholds:
+        raise ValueError(f"`thresholds` must be faithfulnesses above 0 and at most 1, got {bad or 'none'}.")

@@ -1,0 +1,201 @@
+"""Rankings: the order in which edges enter, which is a nested family of circuits."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tracedensity.graph import EdgeList, Graph, flatten, unflatten
+from tracedensity.graph.circuit import Circuit
+from tracedensity.provenance import Provenance
+
+Family = Literal["greedy", "top", "threshold", "nucleus"]
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """The order in which the edges of a graph enter; the circuit of size k is ``rank < k``.
+
+    Attributes:
+        graph: What the edges are.
+        rank: For each kind of edge its place, 0 first; -1 where there is no edge.
+        family: How the order was made from scores.
+        provenance: What was ranked: model, prompt, scores.
+        natural_sizes: Where a family is defined by a cut-off ("threshold", "nucleus"), the sizes that some
+            cut-off gives. Circuits of other sizes exist too: between two cut-offs edges enter by score.
+    """
+
+    graph: Graph
+    rank: Mapping[str, Int[Tensor, "..."]]
+    family: str
+    provenance: Provenance
+    natural_sizes: Int[Tensor, " size"] | None = field(default=None, repr=False)
+
+    @property
+    def n_edges(self) -> int:
+        return self.graph.n_edges
+
+    def kept(self, size: int) -> dict[str, Bool[Tensor, "..."]]:
+        """The first `size` edges, as one boolean tensor per kind."""
+        return {kind: (rank >= 0) & (rank < size) for kind, rank in self.rank.items()}
+
+    def circuit(self, size: int) -> Circuit:
+        """The circuit of the first `size` edges.
+
+        Raises:
+            ValueError: If the graph has fewer edges.
+        """
+        if not 0 <= size <= self.n_edges:
+            raise ValueError(f"`size` must be a number of edges from 0 to {self.n_edges}, got {size}.")
+        return Circuit(self.graph, self.kept(size), self.provenance)
+
+    def __repr__(self) -> str:
+        return f"Ranking({self.family}, {self.n_edges} edges, {self.provenance})"
+
+
+def rank_edges(
+    graph: Graph, scores: Mapping[str, Float[Tensor, "..."]], family: Family, provenance: Provenance
+) -> Ranking:
+    """Order all edges by their scores, higher first.
+
+    Args:
+        graph: What the edges are.
+        scores: One number per edge, comparable between all in-edges of all nodes.
+        family: ``greedy``: best-first growth from the output; of all edges into nodes already reached, the
+            best one enters next (the s-Trace). ``top``: by score alone, connected or not. ``threshold``: by
+            the threshold at which the edge has a path to the output of edges that all reach it.
+            ``nucleus``: the same with, in place of the score, the share of its node's total that the
+            better edges into the node leave over: at share p every node keeps its smallest set of
+            in-edges whose scores make up p of the total.
+        provenance: Recorded in the result.
+
+    Ties go to the edge whose target was reached first, then to the canonical order of the graph.
+
+    Raises:
+        ValueError: If the family is unknown or a score is not finite.
+
+    References:
+        Greedy extraction: arXiv 2605.27033; threshold and nucleus: the earlier arXiv 2601.22795.
+    """
+    if family not in get_args(Family):
+        raise ValueError(f"`family` must be one of {list(get_args(Family))}, got {family!r}.")
+    flat = flatten(graph, scores)
+    if not flat.isfinite().all():
+        raise ValueError(f"`scores` must be finite, got {int((~flat.isfinite()).sum())} NaN or infinite of {len(flat)}.")
+    weight = flat.double().numpy()
+    order, sizes = _ORDERS[family](graph.edges, weight)
+    rank = np.empty(len(order), dtype=np.int32)
+    rank[order] = np.arange(len(order), dtype=np.int32)
+    natural = None if sizes is None else torch.from_numpy(sizes)
+    return Ranking(graph, unflatten(graph, torch.from_numpy(rank), -1), family, provenance, natural)
+
+
+def _greedy_order(edges: EdgeList, weight: np.ndarray) -> tuple[np.ndarray, None]:
+    """Order of a best-first search from the output, without a heap of edges.
+
+    The search reaches one new node at a time; between two such events it only sorts. So the sequence of
+    reached nodes is found first, with an array over nodes (Prim's algorithm for the widest path), and then
+    each edge looks up the event before which it was popped. O(nodes^2 + edges log nodes), in array code.
+    """
+    source, target = edges.source.numpy(), edges.target.numpy()
+    # for each pair of nodes the best edge, the first one of equals; edges of a pair are consecutive
+    pair_start = np.flatnonzero(np.diff(source, prepend=-1) | np.diff(target, prepend=-1))
+    pair_weight = np.maximum.reduceat(weight, pair_start)
+    pair_length = np.diff(pair_start, append=len(weight))
+    is_best = weight == np.repeat(pair_weight, pair_length)
+    pair_edge = np.minimum.reduceat(np.where(is_best, np.arange(len(weight)), len(weight)), pair_start)
+    pair_source, pair_target = source[pair_start], target[pair_start]
+    node_start = np.searchsorted(pair_target, np.arange(edges.n_nodes + 1))
+
+    reached_at = np.full(edges.n_nodes, -1)  # step at which a node was reached
+    best_weight = np.full(edges.n_nodes, -np.inf)  # of the edges on offer from each node not yet reached
+    best_edge = np.zeros(edges.n_nodes, dtype=np.int64)
+    reaching_edge = []  # the edge that reached the node of step 1, 2, ...
+    node, step = edges.output, 0
+    while True:
+        reached_at[node] = step
+        best_weight[node] = -np.inf
+        pairs = slice(node_start[node], node_start[node + 1])
+        sources, weights = pair_source[pairs], pair_weight[pairs]
+        better = (reached_at[sources] < 0) & (weights > best_weight[sources])  # an equal one was offered first
+        best_weight[sources[better]] = weights[better]
+        best_edge[sources[better]] = pair_edge[pairs][better]
+        node = int(best_weight.argmax())
+        if best_weight[node] == -np.inf:
+            break
+        equals = np.flatnonzero(best_weight == best_weight[node])
+        if len(equals) > 1:  # the edge that was offered first
+            offered = best_edge[equals]
+            node = int(equals[np.lexsort((offered, reached_at[target[offered]]))[0]])
+        reaching_edge.append(best_edge[node])
+        step += 1
+
+    offered_at = reached_at[target]
+    priority = np.empty(len(weight), dtype=np.int64)  # 0 is popped first if all are on offer
+    priority[np.lexsort((offered_at, -weight))] = np.arange(len(weight))
+    # an edge is popped between the events j and j + 1 for the first j since its offer
+    # at which the edge that reaches node j + 1 does not go before it
+    limit = np.append(priority[np.array(reaching_edge, dtype=np.int64)], len(weight))
+    event = _first_at_least(limit, offered_at, priority)
+    return np.argsort(event * np.int64(len(weight)) + priority, kind="stable"), None
+
+
+def _first_at_least(values: np.ndarray, start: np.ndarray, bound: np.ndarray) -> np.ndarray:
+    """For each query the first index from `start` on whose value is at least `bound`; one must exist."""
+    maxima = [values]  # maxima[i][j] = max(values[j : j + 2**i])
+    while len(maxima[-1]) > 2 ** (len(maxima) - 1):
+        last, half = maxima[-1], 2 ** (len(maxima) - 1)
+        maxima.append(np.maximum(last[:-half], last[half:]))
+    found = start.copy()
+    for i in reversed(range(len(maxima))):
+        table = maxima[i]
+        at = np.minimum(found, len(table) - 1)
+        skip = (found < len(table)) & (table[at] < bound)
+        found += skip * 2**i
+    return found
+
+
+def _top_order(edges: EdgeList, weight: np.ndarray) -> tuple[np.ndarray, None]:
+    return np.argsort(-weight, kind="stable"), None
+
+
+def _threshold_order(edges: EdgeList, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    entry = torch.from_numpy(weight.copy())
+    widest = entry.new_full((edges.n_nodes,), -torch.inf)  # best path to the output, by its worst edge
+    widest[edges.output] = torch.inf
+    for block in reversed(edges.blocks):
+        entry[block] = entry[block].minimum(widest[edges.target[block]])
+        widest.scatter_reduce_(0, edges.source[block], entry[block], "amax")
+    entry = entry.numpy()
+    order = np.lexsort((-weight, -entry))
+    last_of_its_cut = np.append(np.diff(entry[order]) != 0, True)
+    return order, np.flatnonzero(last_of_its_cut) + 1
+
+
+def _nucleus_order(edges: EdgeList, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    target = edges.target.numpy()
+    order = np.lexsort((-weight, target))
+    total = np.cumsum(weight[order])
+    first_of_node = np.flatnonzero(np.diff(target[order], prepend=-1))
+    before = np.append(0.0, total)[first_of_node]
+    length = np.diff(first_of_node, append=len(order))
+    mass = np.append(total[first_of_node[1:] - 1], total[-1]) - before  # of the whole node
+    better = total - weight[order] - np.repeat(before, length)
+    left_over = np.empty(len(order))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share = better / np.repeat(mass, length)
+    left_over[order] = 1 - np.where(np.repeat(mass, length) > 0, share, 0.0)
+    left_over[order[first_of_node]] = 1.0  # exactly: rounding must not order nodes
+    return _threshold_order(edges, left_over)
+
+
+_ORDERS: dict[str, Callable[[EdgeList, np.ndarray], tuple[np.ndarray, np.ndarray | None]]] = {
+    "greedy": _greedy_order,
+    "top": _top_order,
+    "threshold": _threshold_order,
+    "nucleus": _nucleus_order,
+}

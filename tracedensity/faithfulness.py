@@ -1,0 +1,117 @@
+"""Metrics: how close the prediction of a circuit is to the model's."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Logits = Float[Tensor, "circuit d_vocab"]
+Metric = Literal["tv", "kl", "js", "top1", "nucleus", "nucleus_size", "entropy", "logprob"]
+
+NUCLEI = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99)
+"""Masses of the nuclei that `nucleus_recovery` compares."""
+
+
+def total_variation(full: Float[Tensor, " d_vocab"], circuit: Logits) -> Float[Tensor, " circuit"]:
+    """Half the L1 distance of the two distributions: 0 if equal, 1 if disjoint."""
+    return (full.softmax(-1) - circuit.softmax(-1)).abs().sum(-1) / 2
+
+
+def kl_divergence(full: Float[Tensor, " d_vocab"], circuit: Logits) -> Float[Tensor, " circuit"]:
+    """KL(full || circuit) in nats."""
+    full_log, circuit_log = full.log_softmax(-1), circuit.log_softmax(-1)
+    return (full_log.exp() * (full_log - circuit_log)).sum(-1).clamp(min=0.0)
+
+
+def jensen_shannon(full: Float[Tensor, " d_vocab"], circuit: Logits) -> Float[Tensor, " circuit"]:
+    """Jensen-Shannon divergence in nats, at most ln 2."""
+    p, q = full.softmax(-1), circuit.softmax(-1)
+    middle = (p + q) / 2
+    half = torch.special.entr(middle).sum(-1)
+    return (half - (torch.special.entr(p).sum(-1) + torch.special.entr(q).sum(-1)) / 2).clamp(min=0.0)
+
+
+def same_top1(full: Float[Tensor, " d_vocab"], circuit: Logits) -> Float[Tensor, " circuit"]:
+    """1 where the most probable token is the model's, else 0."""
+    return (circuit.argmax(-1) == full.argmax(-1)).to(full.dtype)
+
+
+def nucleus_recovery(full: Float[Tensor, " d_vocab"], circuit: Logits) -> Float[Tensor, " circuit"]:
+    """The largest of the masses in `NUCLEI` whose nucleus is the same list of tokens in the same order; 0 if none.
+
+    The nucleus of mass c is the shortest prefix of the tokens, most probable first, that holds at least
+    c. Each is cut on its own distribution. Not monotone in the circuit's size by construction.
+    """
+    order, length = _nuclei(full[None])
+    circuit_order, circuit_length = _nuclei(circuit)
+    agree = (circuit_order == order).long().cumprod(-1).sum(-1, keepdim=True)  # length of the common prefix
+    same = (circuit_length == length) & (length <= agree)
+    masses = torch.tensor([0.0, *NUCLEI], dtype=full.dtype, device=full.device)
+    largest = (same * torch.arange(1, len(NUCLEI) + 1, device=full.device)).amax(-1)
+    return masses[largest]
+
+
+def nucleus_size(full: Float[Tensor, " d_vocab"], circuit: Logits) -> Float[Tensor, " circuit"]:
+    """Number of tokens in the largest nucleus that is recovered; 0 if none."""
+    recovered = nucleus_recovery(full, circuit)
+    length = _nuclei(full[None])[1][0]
+    masses = torch.tensor(NUCLEI, dtype=full.dtype, device=full.device)
+    which = (recovered[:, None] == masses).long().argmax(-1)
+    return torch.where(recovered > 0, length[which], 0).to(full.dtype)
+
+
+def _nuclei(logits: Logits) -> tuple[Int[Tensor, "circuit d_vocab"], Int[Tensor, "circuit nucleus"]]:
+    """Tokens by falling probability, and the length of each nucleus."""
+    probability, order = logits.double().softmax(-1).sort(dim=-1, descending=True, stable=True)
+    mass = probability.cumsum(-1)
+    cuts = torch.tensor(NUCLEI, dtype=mass.dtype, device=mass.device).expand(len(logits), -1).contiguous()
+    return order, torch.searchsorted(mass.contiguous(), cuts).clamp(max=logits.shape[-1] - 1) + 1
+
+
+def entropy(logits: Float[Tensor, "*batch d_vocab"]) -> Float[Tensor, "*batch"]:
+    """Entropy of the prediction in nats."""
+    return torch.special.entr(logits.softmax(-1)).sum(-1)
+
+
+# Each takes the model's logits, the circuits' logits and a target token.
+METRICS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "tv": lambda full, circuit, target: total_variation(full, circuit),
+    "kl": lambda full, circuit, target: kl_divergence(full, circuit),
+    "js": lambda full, circuit, target: jensen_shannon(full, circuit),
+    "top1": lambda full, circuit, target: same_top1(full, circuit),
+    "nucleus": lambda full, circuit, target: nucleus_recovery(full, circuit),
+    "nucleus_size": lambda full, circuit, target: nucleus_size(full, circuit),
+    "entropy": lambda full, circuit, target: entropy(circuit),
+    "logprob": lambda full, circuit, target: circuit.log_softmax(-1)[:, target],
+}
+
+# How a metric becomes a share between 0 and 1 of the model's prediction that is kept.
+_FAITHFULNESS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tv": lambda value: 1 - value,
+    "js": lambda value: 1 - value / torch.tensor(2.0).log(),
+    "kl": lambda value: (-value).exp(),
+    "top1": lambda value: value,
+    "nucleus": lambda value: value,
+}
+
+
+def require_metrics(names: tuple[str, ...]) -> None:
+    """Raise a ValueError if there is no metric of some name."""
+    unknown = [name for name in names if name not in METRICS]
+    if unknown or not names:
+        raise ValueError(f"`metrics` must be some of {list(METRICS)}, got {unknown or 'none'}.")
+
+
+def faithfulness(metric: str, values: Float[Tensor, " circuit"]) -> Float[Tensor, " circuit"]:
+    """A metric's values as shares of the model's prediction that are kept, 1 being all.
+
+    ``1 - TV``; ``1 - JS / ln 2``; ``exp(-KL)``; top-1 agreement and nucleus recovery as they are.
+
+    Raises:
+        ValueError: If the metric is no measure of faithfulness.
+    """
+    if metric not in _FAITHFULNESS:
+        raise ValueError(f"`metric` must be one of {list(_FAITHFULNESS)}, got {metric!r}.")
+    return _FAITHFULNESS[metric](values)

@@ -1,0 +1,152 @@
+"""Files: one safetensors file per result, its metadata as JSON inside."""
+
+import json
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from os import PathLike
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tracedensity.curve import DensityCurve, Points
+from tracedensity.extract import Ranking
+from tracedensity.graph import graph_from_dict
+from tracedensity.graph.circuit import Circuit, description
+from tracedensity.provenance import Provenance
+from tracedensity.run import Conditions
+
+_FORMAT = 1
+
+
+def save_circuit(circuit: Circuit, path: str | PathLike[str]) -> None:
+    """Write a circuit: its masks, and all that `Circuit` says of it."""
+    _write("circuit", dict(circuit.kept), description(circuit), path)
+
+
+def save_curve(curve: DensityCurve, path: str | PathLike[str]) -> None:
+    """Write a curve with its ranking, from which its circuits are made again."""
+    tensors = {f"rank/{kind}": rank for kind, rank in curve.ranking.rank.items()}
+    tensors |= {"sizes": curve.sizes, "faithfulness": curve.faithfulness}
+    for name, points in (("random", curve.random), ("inverse", curve.inverse)):
+        if points is not None:
+            tensors |= {f"{name}/sizes": points.sizes, f"{name}/faithfulness": points.faithfulness}
+    if curve.ranking.natural_sizes is not None:
+        tensors["natural_sizes"] = curve.ranking.natural_sizes
+    about = {
+        "graph": curve.ranking.graph.to_dict(),
+        "provenance": curve.provenance.to_dict(),
+        "family": curve.ranking.family,
+        "conditions": asdict(curve.conditions),
+        "thresholds": curve.thresholds,
+        "metric": curve.metric,
+        "entropy": curve.entropy,
+        "top_token": curve.top_token,
+        "top_text": curve.top_text,
+        "top_probability": curve.top_probability,
+    }
+    _write("density", tensors, about, path)
+
+
+def load(path: str | PathLike[str]) -> Circuit | DensityCurve:
+    """Read what `save` of a circuit or a curve has written.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, or none of ours.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"`path` must be a file saved by tracedensity, got {str(path)!r}, which does not exist.")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            about = json.loads(metadata["tracedensity"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return _READERS[about["kind"]](tensors, about)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, struct.error) as error:
+        raise ValueError(
+            f"`path` must be a file saved by tracedensity, got {str(path)!r}, which is damaged or something else ({error})."
+        ) from error
+
+
+def _write(kind: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any], path: str | PathLike[str]) -> None:
+    """Write beside, then rename: an interrupted save leaves the old file as it was."""
+    path = Path(path)
+    metadata = {"kind": kind, "format": _FORMAT, "versions": _versions(), **about}
+    beside = path.with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        save_file(
+            {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()},
+            beside,
+            {"tracedensity": json.dumps(metadata)},
+        )
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _versions() -> dict[str, str]:
+    found = {"torch": torch.__version__}
+    for package in ("tracedensity", "transformer-lens"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _read_circuit(tensors: dict[str, Tensor], about: dict[str, Any]) -> Circuit:
+    circuit = Circuit(
+        graph_from_dict(about["graph"]),
+        tensors,
+        Provenance.from_dict(about["provenance"]),
+        ablation=about["ablation"],
+        keep_residual=about["keep_residual"],
+        attention=about["attention"],
+        metric=about["metric"],
+        faithfulness=about["faithfulness"],
+    )
+    if circuit.n_edges != about["n_edges"]:
+        raise ValueError(f"it says {about['n_edges']} edges and holds {circuit.n_edges}")
+    return circuit
+
+
+def _read_curve(tensors: dict[str, Tensor], about: dict[str, Any]) -> DensityCurve:
+    rank = {name.removeprefix("rank/"): value for name, value in tensors.items() if name.startswith("rank/")}
+    ranking = Ranking(
+        graph_from_dict(about["graph"]),
+        rank,
+        about["family"],
+        Provenance.from_dict(about["provenance"]),
+        tensors.get("natural_sizes"),
+    )
+    baselines = {
+        name: Points(tensors[f"{name}/sizes"], tensors[f"{name}/faithfulness"])
+        for name in ("random", "inverse")
+        if f"{name}/sizes" in tensors
+    }
+    return DensityCurve(
+        tensors["sizes"],
+        tensors["faithfulness"],
+        ranking,
+        tuple(about["thresholds"]),
+        about["metric"],
+        Conditions(**about["conditions"]),
+        entropy=about["entropy"],
+        top_token=about["top_token"],
+        top_text=about["top_text"],
+        top_probability=about["top_probability"],
+        **baselines,
+    )
+
+
+_READERS: dict[str, Callable[[dict[str, Tensor], dict[str, Any]], Circuit | DensityCurve]] = {
+    "circuit": _read_circuit,
+    "density": _read_curve,
+}

@@ -1,0 +1,147 @@
+"""Circuits: a choice of edges, and what it was chosen for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from tracedensity.graph import Graph, n_kept
+from tracedensity.provenance import Provenance
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+
+@dataclass(frozen=True, eq=False)
+class Circuit:
+    """Some edges of a graph, which can be run in place of the whole model.
+
+    Attributes:
+        graph: What the edges are.
+        kept: For each kind of edge, which of them are in the circuit.
+        provenance: The model and prompt that the edges were chosen for.
+        ablation: What replaces an absent edge.
+        keep_residual: Whether skip connections are all kept when the circuit is run, in it or not.
+        attention: "masked", or "open" if absent attention edges are counted but not ablated.
+        metric: What faithfulness means here, a name of `tracedensity.faithfulness`.
+        faithfulness: Measured faithfulness on the prompt; None if the circuit has not been run.
+    """
+
+    graph: Graph
+    kept: Mapping[str, Bool[Tensor, "..."]]
+    provenance: Provenance
+    ablation: str = "zero"
+    keep_residual: bool = False
+    attention: str = "masked"
+    metric: str = "tv"
+    faithfulness: float | None = None
+
+    def __post_init__(self) -> None:
+        shapes = {kind: tuple(mask.shape) for kind, mask in self.kept.items()}
+        if shapes != dict(self.graph.shapes):
+            raise ValueError(f"`kept` must have the shapes of the graph, {dict(self.graph.shapes)}, got {shapes}.")
+        for kind, mask in self.kept.items():
+            if (mask & ~self.graph.exists[kind]).any():
+                raise ValueError(f"`kept` must hold edges of the graph only, got others of kind {kind!r}.")
+
+    @cached_property
+    def n_edges(self) -> int:
+        """Number of edges in the circuit."""
+        return n_kept(self.kept)
+
+    @property
+    def fraction(self) -> float:
+        """Share of the graph's edges that are in the circuit."""
+        return self.n_edges / self.graph.n_edges
+
+    def composition(self) -> dict[str, int]:
+        """Number of edges of each kind."""
+        return {kind: int(mask.sum()) for kind, mask in self.kept.items()}
+
+    def edge_names(self) -> list[str]:
+        """Names of the edges, kind by kind."""
+        return [
+            self.graph.edge_name(kind, tuple(index))
+            for kind, mask in self.kept.items()
+            for index in mask.nonzero().tolist()
+        ]
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row per edge: its name, its kind, its layer, and for heads `head`, `src`, `dest` (else `pos`)."""
+        import pandas as pd
+
+        columns = {4: ("layer", "head", "dest", "src"), 2: ("layer", "pos")}
+        frames = []
+        for kind, mask in self.kept.items():
+            index = mask.nonzero()
+            frame = pd.DataFrame(index.numpy(), columns=list(columns[mask.dim()]))
+            names = [self.graph.edge_name(kind, tuple(i)) for i in index.tolist()]
+            frame.insert(0, "kind", kind)
+            frame.insert(0, "edge", names)
+            frames.append(frame)
+        return pd.concat(frames, ignore_index=True).astype(
+            {name: "Int64" for name in ("layer", "head", "dest", "src", "pos")}
+        )
+
+    def verify(self, model: object) -> "Circuit":
+        """Run the circuit again and return it with the faithfulness just measured.
+
+        Raises:
+            ValueError: If `model` is not the one that the circuit was found in.
+        """
+        from tracedensity.evaluation import evaluate
+        from tracedensity.model import as_transformer
+
+        transformer = as_transformer(model)
+        self.provenance.require_same_model(transformer)
+        result = evaluate(transformer, self.provenance.tokens, self, metrics=(self.metric,))
+        from tracedensity.faithfulness import faithfulness
+
+        measured = faithfulness(self.metric, result.metrics[self.metric])
+        return replace(self, faithfulness=float(measured[0]))
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write to one safetensors file, metadata included; `td.load` reads it."""
+        from tracedensity.files import save_circuit
+
+        save_circuit(self, path)
+
+    def plot(self) -> "go.Figure":
+        """The circuit, tokens across and layers up."""
+        from tracedensity.plot import plot_circuit
+
+        return plot_circuit(self)
+
+    def __repr__(self) -> str:
+        measured = "not run" if self.faithfulness is None else f"faithfulness {self.faithfulness:.3f}"
+        return f"Circuit({self.n_edges} of {self.graph.n_edges} edges, {measured}, {self.provenance})"
+
+
+def description(circuit: Circuit) -> dict[str, Any]:
+    """Everything about a circuit but its masks, as what JSON can hold."""
+    return {
+        "graph": circuit.graph.to_dict(),
+        "provenance": circuit.provenance.to_dict(),
+        "ablation": circuit.ablation,
+        "keep_residual": circuit.keep_residual,
+        "attention": circuit.attention,
+        "metric": circuit.metric,
+        "faithfulness": circuit.faithfulness,
+        "n_edges": circuit.n_edges,
+    }
+
+
+def full_circuit(graph: Graph, provenance: Provenance) -> Circuit:
+    """The circuit of all edges, which is the model."""
+    return Circuit(graph, {kind: mask.clone() for kind, mask in graph.exists.items()}, provenance)
+
+
+def empty_circuit(graph: Graph, provenance: Provenance) -> Circuit:
+    """The circuit of no edge."""
+    return Circuit(graph, {kind: torch.zeros_like(mask) for kind, mask in graph.exists.items()}, provenance)
