@@ -2,18 +2,17 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tracedensity.choices import Family
 from tracedensity.graph import EdgeList, Graph, flatten, unflatten
 from tracedensity.graph.circuit import Circuit
 from tracedensity.provenance import Provenance
-
-Family = Literal["greedy", "top", "threshold", "nucleus"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,14 +1,14 @@
 """Metrics: how close the prediction of a circuit is to the model's."""
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tracedensity.choices import Metric as Metric  # `evaluation` takes it from here
+
 Logits = Float[Tensor, "circuit d_vocab"]
-Metric = Literal["tv", "kl", "js", "top1", "nucleus", "nucleus_size", "entropy", "logprob"]
 
 NUCLEI = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99)
 """Masses of the nuclei that `nucleus_recovery` compares."""

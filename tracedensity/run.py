@@ -2,17 +2,15 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tracedensity.choices import Attention
 from tracedensity.graph import Dropped, Graph
 from tracedensity.graph.circuit import Circuit
 from tracedensity.model import Transformer, require_finite
-
-Attention = Literal["masked", "open"]
 
 CPU_WORKSPACE = 2**28
 """Bytes that the activations of one batch of circuits may take on a CPU; larger batches are no faster there."""

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tracedensity.extract import Family, Ranking, rank_edges
+from tracedensity.choices import Family, Method
+from tracedensity.extract import Ranking, rank_edges
 from tracedensity.graph import Graph, flatten
 from tracedensity.graph.token import TokenGraph
 from tracedensity.model import Prompt, Transformer, as_transformer
@@ -18,10 +19,6 @@ from tracedensity.score.flow import MEASURES, contribution_scores
 
 if TYPE_CHECKING:
     import pandas as pd
-
-Method = Literal[
-    "norm", "norm-l2", "norm-ratio", "flow", "flow-shifted", "cosine", "random", "random-connected"
-]  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
