@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tracedensity.choices import Metric as Metric  # `evaluation` takes it from here
+from tracedensity.choices import Metric  # noqa: F401, `evaluation` takes it from here
 
 Logits = Float[Tensor, "circuit d_vocab"]
 
