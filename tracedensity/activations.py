@@ -4,8 +4,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from numbers import Integral
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeAlias, cast, get_args
 
 import torch
 from einops import einsum
@@ -26,7 +25,7 @@ Quantity: TypeAlias = Literal[
 Derived: TypeAlias = Literal["output", "head_norm", "neuron_norm"]
 """What is computed from a captured quantity when it is asked for."""
 
-Index: TypeAlias = int | Sequence[int] | None
+Index: TypeAlias = SupportsIndex | Sequence[int] | None
 """One entry of an axis (the axis is dropped), several (it stays), or None for all of them."""
 
 _AXES = {
@@ -80,7 +79,7 @@ class Activations:
         kept = ", ".join(self.values)
         return (
             f"Activations({self.transformer.name}: {len(self.tokens)} tokens, {_layers_text(self.layers)}; "
-            f"{kept}; {_bytes_text(self.nbytes)})"
+            f"{kept}; {_bytes_text(float(self.nbytes))})"
         )
 
     @property
@@ -192,7 +191,7 @@ class Activations:
                 raise ValueError(
                     f"`{_ARGUMENTS[axis]}` must be left out for {quantity!r}, whose axes are {', '.join(axes)}."
                 )
-        if quantity == "output" and not isinstance(layer, Integral) and not isinstance(position, Integral):
+        if quantity == "output" and not (_is_one(layer) or _is_one(position)):
             raise ValueError(
                 "`layer` or `position` must be one number for 'output', a vector for each head at each position: "
                 "all of them at once would fill the memory."
@@ -208,7 +207,7 @@ class Activations:
         else:
             values = self._select(quantity, rows)
         for dim in reversed(range(len(axes))):  # from the right, so that the dims still to come keep their number
-            if isinstance(asked.get(axes[dim]), Integral):
+            if _is_one(asked.get(axes[dim])):
                 values = values.select(dim, 0)
         return values
 
@@ -354,29 +353,30 @@ class Activations:
                 values = values.index_select(dim, torch.tensor(index, device=values.device))
         return values
 
-    def _layer_outputs(
-        self, row: int, positions: list[int], heads: list[int], W_O: Float[Tensor, "head d_head d_model"]
-    ) -> Float[Tensor, "pos head d_model"]:
-        z = self._select("z", {"layer": [row], "pos": positions, "head": heads})[0]
-        outputs = einsum(z.to(W_O), W_O[heads], "pos head d_head, head d_head d_model -> pos head d_model")
-        norm = self.transformer.attn_norm(self.layers[row], self._attn_scales.get(self.layers[row]))
-        if norm is not None:
-            outputs = norm.without_scale(outputs) / norm.scale[positions][:, None]
-        return outputs
-
     def _outputs(
         self, layers: list[int], positions: list[int], heads: list[int]
     ) -> Float[Tensor, "layer pos head d_model"]:
-        return torch.stack([self._layer_outputs(row, positions, heads, self._W_O(row)) for row in layers])
+        return torch.stack([self._layer_outputs(row, positions, heads, self._W_O(row)[heads]) for row in layers])
 
     def _head_norms(self, layers: list[int], positions: list[int], heads: list[int]) -> Float[Tensor, "layer pos head"]:
         # One head at a time: the outputs of a layer, [pos head d_model], may be a gigabyte of a large model.
         norms = []
         for row in layers:
             W_O = self._W_O(row)
-            outputs = (self._layer_outputs(row, positions, [head], W_O) for head in heads)
+            outputs = (self._layer_outputs(row, positions, [head], W_O[head : head + 1]) for head in heads)
             norms.append(torch.cat([output.norm(dim=-1) for output in outputs], dim=-1))
         return torch.stack(norms)
+
+    def _layer_outputs(
+        self, row: int, positions: list[int], heads: list[int], W_O: Float[Tensor, "head d_head d_model"]
+    ) -> Float[Tensor, "pos head d_model"]:
+        layer = self.layers[row]
+        z = self._select("z", {"layer": [row], "pos": positions, "head": heads})[0]
+        outputs = einsum(z.to(W_O), W_O, "pos head d_head, head d_head d_model -> pos head d_model")
+        norm = self.transformer.attn_norm(layer, self._attn_scales.get(layer))
+        if norm is not None:
+            outputs = norm.without_scale(outputs) / norm.scale[positions][:, None]
+        return outputs
 
     def _neuron_norms(
         self, layers: list[int], positions: list[int], neurons: list[int]
@@ -649,8 +649,12 @@ def _has_neurons(transformer: Transformer) -> bool:
     return True
 
 
-def _in_range(argument: str, index: int | Sequence[int], size: int) -> list[int]:
-    numbers = [int(number) for number in ([index] if isinstance(index, Integral) else cast(Sequence[int], index))]
+def _is_one(index: Index) -> bool:
+    return isinstance(index, SupportsIndex) and not getattr(index, "ndim", 0)  # arrays have `__index__` as well
+
+
+def _in_range(argument: str, index: SupportsIndex | Sequence[int], size: int) -> list[int]:
+    numbers = [int(number) for number in cast(Sequence[int], [index] if _is_one(index) else index)]
     if bad := [number for number in numbers if not -size <= number < size]:
         raise ValueError(f"`{argument}` must be from {-size} to {size - 1}, got {', '.join(map(str, bad))}.")
     return [number % size for number in numbers]
