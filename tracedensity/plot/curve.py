@@ -1,0 +1,168 @@
+"""The figure of a density curve: faithfulness over the size of the circuit."""
+
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from tracedensity.curve import DensityCurve, Points
+from tracedensity.plot.theme import COLOURS, FAINT, MUTED, TEMPLATE, heading, label, percent, quoted
+
+EMPTY = 0.5
+"""Where the circuit of no edge is drawn: a logarithmic axis has no 0."""
+
+_MEASURES = {
+    "tv": "1 - total variation",
+    "kl": "exp(-KL)",
+    "js": "1 - JS / ln 2",
+    "top1": "same most probable token",
+    "nucleus": "recovered nucleus mass",
+}
+
+
+def plot_curve(curve: DensityCurve) -> go.Figure:
+    """Faithfulness over circuit size, the minimal size at each threshold, and the baselines.
+
+    Sizes are on a logarithmic axis, as numbers of edges below and as shares of all edges above. The empty
+    circuit stands at the left, apart, under the label 0. Filled markers are the first circuits that reach
+    a threshold, hollow ones, where they differ, those from which on every larger circuit does.
+
+    Args:
+        curve: What to draw; a loaded one will do, no model is run.
+    """
+    figure = go.Figure(layout={"template": TEMPLATE})
+    for name, points, dash, of, text in (
+        ("random", curve.random, "dash", "size", "random: connected, all skips kept"),
+        ("inverse", curve.inverse, "dot", "edges left out", "inverse: all but the circuit, all skips kept"),
+    ):
+        if points is not None:
+            line = {"color": COLOURS[name], "width": 1.5, "dash": dash}
+            figure.add_traces(_lines(points, curve.n_edges, text, of, line, size=4))
+    line = {"color": COLOURS["circuit"], "width": 2}
+    figure.add_traces(_lines(curve, curve.n_edges, "circuit", "size", line, size=5))
+    _add_thresholds(figure, curve)
+    _add_axes(figure, curve)
+    return figure
+
+
+def _lines(points: Points, n_edges: int, name: str, of: str, line: dict[str, Any], size: int) -> list[go.Scatter]:
+    """The points, joined; the circuit of no edge, if it is one of them, stands alone."""
+    sizes, faithfulness = points.sizes.tolist(), points.faithfulness.tolist()
+    hover = [
+        f"{of} {edges:,} ({percent(edges / n_edges)})<br>faithfulness {value:.3f}"
+        for edges, value in zip(sizes, faithfulness, strict=True)
+    ]
+    n_empty = int(sizes[0] == 0)
+    shared = {"mode": "lines+markers", "line": line, "marker": {"size": size}, "legendgroup": name, "name": name}
+    shared |= {"hovertemplate": "%{text}", "legendrank": 1 if name == "circuit" else 3}
+    joined = slice(n_empty, None)
+    traces = [go.Scatter(x=sizes[joined], y=faithfulness[joined], text=hover[joined], **shared)]
+    if n_empty:
+        traces.append(go.Scatter(x=[EMPTY], y=faithfulness[:1], text=hover[:1], showlegend=False, **shared))
+    return traces
+
+
+def _add_thresholds(figure: go.Figure, curve: DensityCurve) -> None:
+    """A dotted line at each threshold, with the first and the stable minimal circuit on it."""
+    first = [curve.minimal_size(threshold) for threshold in curve.thresholds]
+    stable = [curve.minimal_size(threshold, stable=True) for threshold in curve.thresholds]
+    heights = _apart(curve.thresholds)
+    figure.add_annotation(
+        x=1, xref="paper", xanchor="left", xshift=6, y=1, yref="paper", yanchor="bottom", showarrow=False,
+        text="minimal size", font={"size": 11, "color": MUTED},
+    )  # fmt: skip
+    for threshold, height, size, later in zip(curve.thresholds, heights, first, stable, strict=True):
+        figure.add_hline(threshold, line={"color": MUTED, "width": 0.75, "dash": "dot"}, layer="below")
+        figure.add_annotation(
+            x=1, xref="paper", xanchor="left", xshift=6, y=height, showarrow=False, font={"size": 11},
+            text=f"<b>{threshold:g}</b>  {size:,} ({percent(size / curve.n_edges)})",
+        )  # fmt: skip
+        if later != size:
+            figure.add_shape(
+                type="line", x0=max(size, EMPTY), x1=later, y0=threshold, y1=threshold,
+                line={"color": COLOURS["head"], "width": 1.5}, layer="below",
+            )  # fmt: skip
+    differs = [i for i in range(len(first)) if stable[i] != first[i]]
+    for name, symbol, axis, sizes, which in (
+        # on the second axis, because an axis without a trace is not drawn
+        ("minimal: the first circuit to reach a threshold", "circle", "x2", first, range(len(first))),
+        ("stable: all larger circuits reach it too", "circle-open", "x", stable, differs),
+    ):
+        figure.add_scatter(
+            x=[max(sizes[i], EMPTY) for i in which],
+            y=[curve.thresholds[i] for i in which],
+            xaxis=axis,
+            mode="markers",
+            marker={
+                "symbol": symbol,
+                "size": 9,
+                "color": COLOURS["head"],
+                "line": {"width": 2, "color": COLOURS["head"]},
+            },
+            name=name,
+            legendrank=2,
+            visible=bool(which),
+            text=[f"{name.split(':')[0]} size for {curve.thresholds[i]:g}: {_size(curve, sizes[i])}" for i in which],
+            hovertemplate="%{text}<extra></extra>",
+        )
+
+
+def _size(curve: DensityCurve, size: int) -> str:
+    return f"{size:,} edges ({percent(size / curve.n_edges)})"
+
+
+def _apart(heights: tuple[float, ...], gap: float = 0.05) -> list[float]:
+    """Rising heights moved down where they must be, the highest first, so that labels do not overlap."""
+    moved: list[float] = []
+    for height in reversed(heights):
+        moved.append(min([height, *(above - gap for above in moved[-1:])]))
+    return moved[::-1]
+
+
+def _add_axes(figure: go.Figure, curve: DensityCurve) -> None:
+    smallest = min(int(points.sizes[0]) for points in (curve, curve.random, curve.inverse) if points is not None)
+    decades = 10 ** np.arange(len(str(curve.n_edges)))
+    ticks, texts = decades.tolist(), [f"{size:,}" for size in decades]
+    if smallest == 0:
+        ticks, texts = [EMPTY, *ticks], ["0", *texts]
+        figure.add_vline(EMPTY**0.5, line={"color": FAINT, "width": 1}, layer="below")  # 0 is no point of the scale
+    low = EMPTY * 0.8 if smallest == 0 else 0.9
+    limits = np.log10([low, curve.n_edges * 1.15]).tolist()
+    shares = 10.0 ** np.arange(-int(np.log10(curve.n_edges)), 1)  # from one edge up to all
+    measure = _MEASURES.get(curve.metric, label(curve.metric))
+    conditions = ["all skips kept"] * curve.conditions.keep_residual
+    conditions += ["absent attention edges not ablated"] * (curve.conditions.attention == "open")
+    about = [
+        label(curve.provenance.model),
+        f"edges by {label(curve.provenance.method)}, {label(curve.ranking.family)}",
+        f"{curve.n_edges:,} edges",
+        f"p = {curve.top_probability:.2f}, entropy {curve.entropy:.2f} nats",
+        *conditions,
+    ]
+    figure.update_layout(
+        title=heading(f"{quoted(curve.top_text, 20)} after {quoted(curve.provenance.prompt)}", " · ".join(about)),
+        height=600,
+        margin={"t": 136, "r": 136},
+        xaxis={
+            "type": "log",
+            "range": limits,
+            "tickvals": ticks,
+            "ticktext": texts,
+            "minor": {"ticks": "outside", "tickvals": np.outer(decades, range(2, 10)).flatten().tolist(), "ticklen": 2},
+            "title": {"text": "circuit size (edges)"},
+        },
+        xaxis2={  # the same scale, read as shares
+            "type": "log",
+            "matches": "x",
+            "overlaying": "x",
+            "side": "top",
+            "tickvals": (shares * curve.n_edges).tolist(),
+            "ticktext": [percent(share) for share in shares.tolist()],
+            "title": {"text": "circuit size (share of all edges)"},
+        },
+        yaxis={
+            "range": [-0.03, 1.05],
+            "tickvals": [0, 0.2, 0.4, 0.6, 0.8, 1],
+            "title": {"text": f"faithfulness ({measure})"},
+        },
+    )

@@ -1,0 +1,126 @@
+"""Pages: figures as one HTML file that needs no network."""
+
+import html
+from os import PathLike
+from pathlib import Path
+from uuid import uuid4
+
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from tracedensity.curve import DensityCurve
+from tracedensity.plot.circuit import plot_circuit
+from tracedensity.plot.curve import plot_curve
+from tracedensity.plot.theme import COLOURS, FAINT, FONT, INK, MUTED, percent, visible
+
+_STYLE = f"""
+body {{ font: 15px/1.5 {FONT}; color: {INK}; max-width: 1200px; margin: 0 auto; padding: 24px 16px; }}
+h1 {{ font-size: 22px; margin: 0 0 8px; }}
+.prompt {{ margin: 0 0 16px; line-height: 2; overflow-wrap: anywhere; }}
+.prompt span {{ background: {FAINT}; border-radius: 3px; padding: 2px 0; margin-right: 2px; white-space: pre-wrap; }}
+.prompt .prediction {{ background: {COLOURS["head"]}; color: white; padding: 2px 4px; }}
+table {{ border-collapse: collapse; margin: 16px 0; font-variant-numeric: tabular-nums; }}
+th, td {{ text-align: right; padding: 3px 16px 3px 0; border-bottom: 1px solid {FAINT}; font-weight: normal; }}
+th, footer {{ color: {MUTED}; }}
+.figure {{ overflow-x: auto; margin: 24px 0; }}
+footer {{ font-size: 13px; overflow-wrap: anywhere; }}
+"""
+
+
+def density_page(curve: DensityCurve, *, faithfulness: float = 0.9) -> str:
+    """A page on one prediction: the prompt, the minimal sizes, the curve, and the circuit at one faithfulness.
+
+    Args:
+        curve: What to show; no model is run.
+        faithfulness: What the circuit that is drawn has to reach, as for `DensityCurve.circuit`.
+    """
+    circuit = curve.circuit(faithfulness=faithfulness)
+    texts = curve.provenance.texts
+    prompt = "".join(f"<span>{html.escape(visible(text))}</span>" for text in texts)
+    summary = (
+        f"The model's most probable token (p = {curve.top_probability:.2f}, entropy {curve.entropy:.2f} nats). "
+        f"{circuit.n_edges:,} of {curve.n_edges:,} edges ({percent(circuit.fraction)}) are enough for a faithfulness "
+        f"of {faithfulness:g}. Density (area under the curve): {curve.auc:.2f}."
+    )
+    body = [
+        "<h1>How much of the model does this prediction need?</h1>",
+        f'<p class="prompt">{prompt}<span class="prediction">{html.escape(visible(curve.top_text))}</span></p>',
+        f"<p>{html.escape(summary)}</p>",
+        _table(curve),
+        _div(plot_curve(curve), "curve", min_width=560),
+        _div(plot_circuit(circuit, prediction=curve.top_text), "circuit", min_width=max(560, 120 + 16 * len(texts))),
+        f"<footer>{_provenance(curve)}</footer>",
+    ]
+    return _page(f"{visible(curve.top_text)} after {visible(curve.provenance.prompt)}", "\n".join(body))
+
+
+def write_html(figure: go.Figure | str, path: str | PathLike[str]) -> None:
+    """Write a figure, or a page that is already HTML, as one file that opens without a network.
+
+    An interrupted write leaves the old file as it was.
+
+    Args:
+        figure: A figure, or what `density_page` returns.
+        path: Where to.
+
+    Raises:
+        ValueError: If there is no such folder.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ValueError(f"`path` must be in a folder that exists, got {str(path)!r}.")
+    page = figure if isinstance(figure, str) else _page("tracedensity", _div(figure, "figure", min_width=320))
+    beside = path.with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        beside.write_text(page, encoding="utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _page(title: str, body: str) -> str:
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n"
+        f"<script>{get_plotlyjs()}</script>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def _div(figure: go.Figure, name: str, min_width: int) -> str:
+    """A figure without plotly.js; a narrow window scrolls it rather than squeezing it below `min_width` px."""
+    height = figure.to_dict()["layout"].get("height", 500)
+    drawn = figure.to_html(
+        full_html=False,
+        include_plotlyjs=False,
+        include_mathjax=False,
+        div_id=name,  # not at random: the same result makes the same page
+        default_height=f"{height}px",
+        config={"displaylogo": False, "responsive": True, "toImageButtonOptions": {"format": "svg", "filename": name}},
+    )
+    return f'<div class="figure"><div style="min-width:{min_width}px;height:{height}px">{drawn}</div></div>'
+
+
+def _table(curve: DensityCurve) -> str:
+    rows = "".join(
+        f"<tr><td>{threshold}</td><td>{row['first']:,}</td><td>{percent(row['fraction'])}</td>"
+        f"<td>{row['stable']:,}</td><td>{percent(row['stable_fraction'])}</td></tr>"
+        for threshold, row in curve.to_dict()["minimal_size"].items()
+    )
+    return (
+        "<table><thead><tr><th>faithfulness</th><th>minimal circuit (edges)</th><th>share of all edges</th>"
+        f"<th>stable from (edges)</th><th>share of all edges</th></tr></thead><tbody>{rows}</tbody></table>"
+    )
+
+
+def _provenance(curve: DensityCurve) -> str:
+    about = curve.provenance
+    conditions = curve.conditions
+    lines = [
+        f"Model {about.model} ({about.fingerprint}), token ids {list(about.token_ids)}.",
+        f"Edges scored by {about.method}, ordered by {curve.ranking.family}, metric {curve.metric}, seed {about.seed}, "
+        f"skip connections {'all kept' if conditions.keep_residual else 'ablated like other edges'}, "
+        f"attention {conditions.attention}.",
+        "Minimal sizes are those of this family of circuits, and upper bounds on the true minimum.",
+    ]
+    return "<br>".join(html.escape(line) for line in lines)
