@@ -1,8 +1,10 @@
 """What `capture` keeps, against TransformerLens' own cache and against sums that must come out."""
 
 import gc
+import re
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import jaxtyping
 import pytest
@@ -11,6 +13,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import tracedensity as td
 from tracedensity.activations import (
+    Quantity,
     head_index,
     head_name,
     mlp_index,
@@ -18,8 +21,6 @@ from tracedensity.activations import (
     neuron_index,
     neuron_name,
 )
-
-pytestmark = pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated")
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2]
 CACHED = {
@@ -165,6 +166,9 @@ def test_a_norm_after_attention_is_linearised(original):
         close(activations.get("head_norm", layer=layer), heads.norm(dim=-1))
     one = activations.get("output", layer=1, position=2, head=3)
     close(one, activations.get("output", layer=1)[2, 3])
+    last = td.capture(model, PROMPT, keep="z", layers=1)
+    close(last.get("output", layer=1), activations.get("output", layer=1))
+    assert last.nbytes == 4 * (7 * 16 + 11 + 7) + 8 * 7  # z, logits, one scale for each position; tokens
 
 
 # -- parts -------------------------------------------------------------------------------------------
@@ -508,9 +512,31 @@ def test_activations_refuse_in_one_sentence(unchecked, ask, message):
         ask(activations)
 
 
+def test_a_bad_number_after_the_last_layer_is_reported(model):
+    with torch.no_grad():
+        model.unembed.W_U[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinite in the logits of the model"):
+        td.capture(model, PROMPT, keep="z")
+
+
 @pytest.mark.parametrize("name", ["attn.W_Q", "attn.W_V", "attn.W_O", "mlp.W_out"])
 def test_a_bad_number_is_reported_with_its_layer_whatever_is_kept(model, name):
     with torch.no_grad():
         weight(model, name)[0, 0] = float("inf")
     with pytest.raises(ValueError, match=r"NaN or infinite in \w+ of layer 1"):
         td.capture(model, PROMPT, keep="resid_pre", layers=0)
+
+
+# -- the page ----------------------------------------------------------------------------------------
+
+
+def test_the_examples_of_the_page_run(monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "activations.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    code = "\n".join(blocks).replace('"Once upon a time there was a little"', str(PROMPT))  # no tokenizer here
+    monkeypatch.setattr(td, "load_model", lambda: make(**GPT2, n_layers=4), raising=False)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert list(names["acts"].values) == ["z", "post"]
+    choices = page[page.index("`keep` takes") + len("`keep`") : page.index("Raw values")]
+    assert re.findall(r"`(\w+)`", choices) == list(get_args(Quantity))

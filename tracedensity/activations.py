@@ -385,7 +385,7 @@ class Activations:
         for row in layers:
             post = self._select("post", {"layer": [row], "pos": positions, "d_mlp": neurons})[0]
             rows = self.transformer.W_out(self.layers[row]).norm(dim=-1).to(post.device)
-            norms.append(post.to(rows.dtype).abs() * rows[neurons])
+            norms.append(post.abs() * rows[neurons])
         return torch.stack(norms)
 
     def _W_O(self, row: int) -> Float[Tensor, "head d_head d_model"]:
