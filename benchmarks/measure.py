@@ -24,7 +24,7 @@ class Cost:
 
 
 def median_seconds(call: Callable[[], object], budget: float = 5.0, most: int = 15) -> float:
-    """Median time of a call, repeated for about `budget` seconds; a first call is not counted if there is time for more."""
+    """Median time of a call, repeated for about `budget` seconds; the first call counts only if it takes them all."""
     times = []
     while len(times) < 2 or (sum(times) < budget and len(times) <= most):
         if times and times[0] > budget:

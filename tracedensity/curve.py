@@ -11,15 +11,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tracedensity.choices import Attention, FaithfulnessMetric, Family, Method
 from tracedensity.evaluation import paper_sizes
-from tracedensity.extract import Family, Ranking, rank_edges
+from tracedensity.extract import Ranking, rank_edges
 from tracedensity.faithfulness import METRICS, entropy, faithfulness
 from tracedensity.graph.circuit import Circuit
 from tracedensity.graph.token import TokenGraph
 from tracedensity.model import Prompt, Transformer, as_transformer
 from tracedensity.provenance import Provenance
-from tracedensity.run import Attention, Conditions, run_family
-from tracedensity.score import Method, attribute
+from tracedensity.run import Conditions, run_family
+from tracedensity.score import attribute
 from tracedensity.score.baseline import arrival_scores
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class DensityCurve(Points):
 
     ranking: Ranking
     thresholds: tuple[float, ...]
-    metric: str
+    metric: FaithfulnessMetric
     conditions: Conditions
     entropy: float
     top_token: int
@@ -178,7 +179,7 @@ class DensityCurve(Points):
         )
 
     def table(self) -> "pd.DataFrame":
-        """One row per threshold: first and stable minimal size, as numbers of edges and as shares, and what it reaches."""
+        """One row per threshold: first and stable minimal size, in edges and as shares, and what the first reaches."""
         import pandas as pd
 
         return pd.DataFrame(self._rows())
@@ -286,7 +287,7 @@ def density(
     method: Method = "norm",
     family: Family = "greedy",
     thresholds: Sequence[float] = THRESHOLDS,
-    metric: str = "tv",
+    metric: FaithfulnessMetric = "tv",
     ablation: Literal["zero"] = "zero",
     keep_residual: bool = False,
     attention: Attention = "masked",
@@ -346,8 +347,8 @@ def density(
     known = _refined(lambda sizes: measure(ranking, sizes, conditions), grid, thresholds)
     if known.faithfulness[-1] < 1 - 1e-2:
         raise ValueError(
-            f"`model` must be reproduced by the circuit of all edges, got a faithfulness of {known.faithfulness[-1]:.4f}: "
-            f"{transformer.name} computes something that the token graph does not describe."
+            f"`model` must be reproduced by the circuit of all edges, got a faithfulness of "
+            f"{known.faithfulness[-1]:.4f}: {transformer.name} computes something the token graph does not describe."
         )
     random = inverse = None
     if baselines:
@@ -372,9 +373,7 @@ def _random_ranking(transformer: Transformer, ranking: Ranking, tokens: Tensor, 
     return rank_edges(graph, grown, "top", ranking.provenance)
 
 
-def _refined(
-    measure: Callable[[Tensor], Tensor], grid: Int[Tensor, " point"], thresholds: tuple[float, ...]
-) -> Points:
+def _refined(measure: Callable[[Tensor], Tensor], grid: Int[Tensor, " point"], thresholds: tuple[float, ...]) -> Points:
     """Measure a grid of sizes, then halve (on the log scale) every bracket that holds a minimal size.
 
     All brackets of a round are measured together.

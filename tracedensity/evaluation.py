@@ -8,11 +8,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tracedensity.choices import Attention, Metric
 from tracedensity.extract import Ranking
-from tracedensity.faithfulness import METRICS, Metric, require_metrics
+from tracedensity.faithfulness import METRICS, require_metrics
+from tracedensity.graph import Graph
 from tracedensity.graph.circuit import Circuit
-from tracedensity.model import Prompt, as_transformer
-from tracedensity.run import Attention, Conditions, run_circuits, run_family
+from tracedensity.graph.token import TokenGraph
+from tracedensity.model import Prompt, Transformer, as_transformer
+from tracedensity.run import Conditions, run_circuits, run_family
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -125,7 +128,7 @@ def evaluate(
         conditions = Conditions(
             inverse,
             circuits[0].keep_residual if keep_residual is None else keep_residual,
-            attention or circuits[0].attention,  # ty: ignore
+            attention or circuits[0].attention,
         )
         logits = run_circuits(transformer, tokens, list(circuits), conditions, batch_size)
     token = int(full.argmax()) if target is None else target
@@ -133,10 +136,8 @@ def evaluate(
     return Evaluation(numbers, values, graph.n_edges)
 
 
-def _require_fit(graph: object, transformer: object, n_pos: int) -> None:
-    from tracedensity.graph.token import TokenGraph
-
-    expected = TokenGraph.of(transformer, n_pos)  # type: ignore[arg-type]
+def _require_fit(graph: Graph, transformer: Transformer, n_pos: int) -> None:
+    expected = TokenGraph.of(transformer, n_pos)
     if graph != expected:
         raise ValueError(
             f"`ranking_or_circuit` must belong to this model and prompt, whose graph is {expected}, got {graph}."

@@ -25,7 +25,7 @@ class Ranking:
         family: How the order was made from scores.
         provenance: What was ranked: model, prompt, scores.
         natural_sizes: Where a family is defined by a cut-off ("threshold", "nucleus"), the sizes that some
-            cut-off gives. Circuits of other sizes exist too: between two cut-offs edges enter by score.
+            cut-off gives. Circuits of other sizes exist too: between two cut-offs edges enter greedily.
     """
 
     graph: Graph
@@ -66,16 +66,16 @@ def rank_edges(
         scores: One number per edge, comparable between all in-edges of all nodes.
         family: ``greedy``: best-first growth from the output; of all edges into nodes already reached, the
             best one enters next (the s-Trace). ``top``: by score alone, connected or not. ``threshold``: by
-            the threshold at which the edge has a path to the output of edges that all reach it.
-            ``nucleus``: the same with, in place of the score, the share of its node's total that the
-            better edges into the node leave over: at share p every node keeps its smallest set of
-            in-edges whose scores make up p of the total.
+            the highest threshold at which the edge has a path to the output of edges that all reach it;
+            the greedy order again, with the sizes that a threshold gives. ``nucleus``: the same with, in
+            place of the score, the share of its node's total that the better edges into the node leave
+            over: at share p every node keeps its smallest set of in-edges that make up p of the total.
         provenance: Recorded in the result.
 
     Ties go to the edge whose target was reached first, then to the canonical order of the graph.
 
     Raises:
-        ValueError: If the family is unknown or a score is not finite.
+        ValueError: If the family is unknown, or a score is not finite or, for ``nucleus``, negative.
 
     References:
         Greedy extraction: arXiv 2605.27033; threshold and nucleus: the earlier arXiv 2601.22795.
@@ -84,7 +84,11 @@ def rank_edges(
         raise ValueError(f"`family` must be one of {list(get_args(Family))}, got {family!r}.")
     flat = flatten(graph, scores)
     if not flat.isfinite().all():
-        raise ValueError(f"`scores` must be finite, got {int((~flat.isfinite()).sum())} NaN or infinite of {len(flat)}.")
+        raise ValueError(
+            f"`scores` must be finite, got {int((~flat.isfinite()).sum())} NaN or infinite of {len(flat)}."
+        )
+    if family == "nucleus" and (flat < 0).any():
+        raise ValueError("`scores` cannot be negative for the family 'nucleus', which sums them up to shares.")
     weight = flat.double().numpy()
     order, sizes = _ORDERS[family](graph.edges, weight)
     rank = np.empty(len(order), dtype=np.int32)
@@ -163,15 +167,19 @@ def _top_order(edges: EdgeList, weight: np.ndarray) -> tuple[np.ndarray, None]:
 
 
 def _threshold_order(edges: EdgeList, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The greedy order, and the sizes at which it is the circuit of a threshold.
+
+    Just before a best-first search takes its first edge below a threshold, it has taken all edges with a path to the
+    output of edges that reach it, and no others.
+    """
     entry = torch.from_numpy(weight.copy())
     widest = entry.new_full((edges.n_nodes,), -torch.inf)  # best path to the output, by its worst edge
     widest[edges.output] = torch.inf
     for block in reversed(edges.blocks):
         entry[block] = entry[block].minimum(widest[edges.target[block]])
         widest.scatter_reduce_(0, edges.source[block], entry[block], "amax")
-    entry = entry.numpy()
-    order = np.lexsort((-weight, -entry))
-    last_of_its_cut = np.append(np.diff(entry[order]) != 0, True)
+    order, _ = _greedy_order(edges, weight)
+    last_of_its_cut = np.append(np.diff(entry.numpy()[order]) != 0, True)
     return order, np.flatnonzero(last_of_its_cut) + 1
 
 

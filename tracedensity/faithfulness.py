@@ -6,8 +6,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tracedensity.choices import Metric  # noqa: F401, `evaluation` takes it from here
-
 Logits = Float[Tensor, "circuit d_vocab"]
 
 NUCLEI = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99)

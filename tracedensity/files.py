@@ -62,7 +62,9 @@ def load(path: str | PathLike[str]) -> Circuit | DensityCurve:
         ValueError: If the file is damaged, or none of ours.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"`path` must be a file saved by tracedensity, got {str(path)!r}, which does not exist.")
+        raise FileNotFoundError(
+            f"`path` must be a file saved by tracedensity, got {str(path)!r}, which does not exist."
+        )
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -71,7 +73,8 @@ def load(path: str | PathLike[str]) -> Circuit | DensityCurve:
         return _READERS[about["kind"]](tensors, about)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, struct.error) as error:
         raise ValueError(
-            f"`path` must be a file saved by tracedensity, got {str(path)!r}, which is damaged or something else ({error})."
+            f"`path` must be a file saved by tracedensity, got {str(path)!r}, "
+            f"which is damaged or something else ({error})."
         ) from error
 
 
@@ -92,7 +95,7 @@ def _write(kind: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any], p
 
 
 def _versions() -> dict[str, str]:
-    found = {"torch": torch.__version__}
+    found = {"torch": str(torch.__version__)}
     for package in ("tracedensity", "transformer-lens"):
         try:
             found[package] = version(package)

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -35,7 +35,7 @@ def build(name: str) -> nn.Module:
     """
     import transformers
 
-    ids = {"bos_token_id": BOS_ID, "eos_token_id": BOS_ID, "vocab_size": N_ENTRIES}
+    ids: dict[str, Any] = {"bos_token_id": BOS_ID, "eos_token_id": BOS_ID, "vocab_size": N_ENTRIES}
     if name == "books-gpt2":
         config = transformers.GPT2Config(
             n_positions=N_CTX, n_embd=192, n_layer=4, n_head=6, activation_function="gelu_pytorch_tanh",
@@ -147,9 +147,7 @@ def main(
         return (loss * weight).sum() / weight.sum()
 
     step_loss = torch.compile(loss_of) if compiled else loss_of
-    stream = batches(
-        ids, n_ctx=N_CTX, n_entries=N_ENTRIES, batch=batch, repeated=repeated, seed=seed, first_step=done
-    )
+    stream = batches(ids, n_ctx=N_CTX, n_entries=N_ENTRIES, batch=batch, repeated=repeated, seed=seed, first_step=done)
     started, smooth = time.perf_counter(), float("nan")
     bar = tqdm(range(done, n_steps), initial=done, total=n_steps, desc=model, mininterval=10)
     for step in bar:

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from importlib import import_module
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int, Shaped
@@ -39,6 +40,7 @@ class EdgeList:
     output: int
 
 
+@runtime_checkable  # so that test runs can check annotations
 class Graph(Protocol):
     """What every graph has to offer; the rest of the library needs no more."""
 
@@ -68,7 +70,7 @@ class Graph(Protocol):
         """How a running model is changed so that a batch of circuits, one a row, is what it computes."""
         ...
 
-    def to_dict(self) -> dict[str, int | str]:
+    def to_dict(self) -> dict[str, Any]:
         """What is needed to make the same graph again; `graph_from_dict` is the inverse."""
         ...
 
@@ -93,13 +95,18 @@ def n_kept(kept: Mapping[str, Bool[Tensor, "..."]]) -> int:
     return sum(int(mask.sum()) for mask in kept.values())
 
 
-def graph_from_dict(description: Mapping[str, int | str]) -> Graph:
-    """The graph that described itself with `to_dict`."""
-    from tracedensity.graph.token import TokenGraph
+def graph_from_dict(description: Mapping[str, Any]) -> Graph:
+    """The graph that described itself with `to_dict`.
 
-    kinds = {"token": TokenGraph}
+    The graph named "x" is the class `XGraph` of the module `tracedensity.graph.x`.
+
+    Raises:
+        ValueError: If there is no such graph.
+    """
     fields = dict(description)
-    kind = fields.pop("graph", None)
-    if kind not in kinds:
-        raise ValueError(f"`graph` must be one of {sorted(kinds)}, got {kind!r}.")
-    return kinds[kind](**fields)
+    name = fields.pop("graph", None)
+    try:
+        module = import_module(f"tracedensity.graph.{name}")
+        return getattr(module, f"{str(name).title()}Graph")(**fields)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(f"`graph` must be the name of a graph, like 'token', got {name!r}.") from error

@@ -6,10 +6,10 @@ from functools import cached_property
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from tracedensity.choices import Attention, FaithfulnessMetric
 from tracedensity.graph import Graph, n_kept
 from tracedensity.provenance import Provenance
 
@@ -38,8 +38,8 @@ class Circuit:
     provenance: Provenance
     ablation: str = "zero"
     keep_residual: bool = False
-    attention: str = "masked"
-    metric: str = "tv"
+    attention: Attention = "masked"
+    metric: FaithfulnessMetric = "tv"
     faithfulness: float | None = None
 
     def __post_init__(self) -> None:
@@ -86,7 +86,7 @@ class Circuit:
             frame.insert(0, "edge", names)
             frames.append(frame)
         return pd.concat(frames, ignore_index=True).astype(
-            {name: "Int64" for name in ("layer", "head", "dest", "src", "pos")}
+            dict.fromkeys(("layer", "head", "dest", "src", "pos"), "Int64")
         )
 
     def verify(self, model: object) -> "Circuit":
@@ -96,13 +96,12 @@ class Circuit:
             ValueError: If `model` is not the one that the circuit was found in.
         """
         from tracedensity.evaluation import evaluate
+        from tracedensity.faithfulness import faithfulness
         from tracedensity.model import as_transformer
 
         transformer = as_transformer(model)
         self.provenance.require_same_model(transformer)
         result = evaluate(transformer, self.provenance.tokens, self, metrics=(self.metric,))
-        from tracedensity.faithfulness import faithfulness
-
         measured = faithfulness(self.metric, result.metrics[self.metric])
         return replace(self, faithfulness=float(measured[0]))
 
@@ -135,13 +134,3 @@ def description(circuit: Circuit) -> dict[str, Any]:
         "faithfulness": circuit.faithfulness,
         "n_edges": circuit.n_edges,
     }
-
-
-def full_circuit(graph: Graph, provenance: Provenance) -> Circuit:
-    """The circuit of all edges, which is the model."""
-    return Circuit(graph, {kind: mask.clone() for kind, mask in graph.exists.items()}, provenance)
-
-
-def empty_circuit(graph: Graph, provenance: Provenance) -> Circuit:
-    """The circuit of no edge."""
-    return Circuit(graph, {kind: torch.zeros_like(mask) for kind, mask in graph.exists.items()}, provenance)

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -12,7 +13,7 @@ from torch import Tensor
 from tracedensity.graph import Dropped, EdgeList
 from tracedensity.model import Edit, Site, Transformer
 
-_NAME = re.compile(r"a(\d+)\.h(\d+)@(\d+)->(\d+)|m(\d+)@(\d+)|r(\d+)\.(attn|mlp)@(\d+)")
+_NAME = re.compile(r"(?:a(\d+)\.h(\d+)@(\d+)->|m(\d+)@|r(\d+)\.(attn|mlp)@)(\d+)")
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class TokenGraph:
             layer, head, dest, src = index
             return f"a{layer}.h{head}@{src}->{dest}"
         layer, pos = index
-        return {"mlp": f"m{layer}@{pos}", "resid_attn": f"r{layer}.attn@{pos}", "resid_mlp": f"r{layer}.mlp@{pos}"}[kind]
+        return f"m{layer}@{pos}" if kind == "mlp" else f"r{layer}.{kind.removeprefix('resid_')}@{pos}"
 
     def edge_index(self, name: str) -> tuple[str, tuple[int, ...]]:
         """Kind and index of the edge with a name.
@@ -134,24 +135,19 @@ class TokenGraph:
         Raises:
             ValueError: If the graph has no such edge.
         """
-        found = _NAME.fullmatch(name)
-        if found:
-            parts = found.groups()
-            if parts[0] is not None:
-                layer, head, src, dest = map(int, parts[:4])
-                kind, index = "head", (layer, head, dest, src)
-            elif parts[4] is not None:
-                kind, index = "mlp", (int(parts[4]), int(parts[5]))
+        if found := _NAME.fullmatch(name):
+            attn_layer, head, src, mlp_layer, skip_layer, around, dest = found.groups()
+            if attn_layer is not None:
+                kind, index = "head", (int(attn_layer), int(head), int(dest), int(src))
+            elif mlp_layer is not None:
+                kind, index = "mlp", (int(mlp_layer), int(dest))
             else:
-                kind, index = f"resid_{parts[7]}", (int(parts[6]), int(parts[8]))
-            shape = self.shapes.get(kind, ())
-            if len(shape) == len(index) and all(i < n for i, n in zip(index, shape, strict=True)):
-                if self.exists[kind][index]:
-                    return kind, index
-        raise ValueError(
-            f"`name` must be an edge of this graph, got {name!r}. "
-            f"The prediction's own edges, for example, are m{self.n_layers - 1}@{self.n_pos - 1} and its like."
-        )
+                kind, index = f"resid_{around}", (int(skip_layer), int(dest))
+            shape = self.shapes.get(kind)
+            if shape and all(i < n for i, n in zip(index, shape, strict=True)) and self.exists[kind][index]:
+                return kind, index
+        example = self.edge_name("head", (self.n_layers - 1, 0, self.n_pos - 1, 0))
+        raise ValueError(f"`name` must be an edge of this graph, like {example!r}, got {name!r}.")
 
     def edits(self, dropped: Dropped) -> Mapping[Site, Edit]:
         """Zero ablation: what an absent edge would have added is left out; nothing else is patched or frozen.
@@ -174,5 +170,5 @@ class TokenGraph:
 
         return {(sites[kind], layer): edit(kind, layer) for layer in range(self.n_layers) for kind in self.shapes}
 
-    def to_dict(self) -> dict[str, int | str]:
+    def to_dict(self) -> dict[str, Any]:
         return {"graph": "token", **asdict(self)}
