@@ -1,5 +1,6 @@
 """The figure of a circuit: tokens across, layers up, the kept edges between them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ import plotly.graph_objects as go
 import torch
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
+from torch import Tensor
 
 from tracedensity.graph.circuit import Circuit
 from tracedensity.graph.token import TokenGraph
@@ -30,7 +32,7 @@ MAX_LINKS = 20_000
 """Head links that are drawn; of a larger circuit only those into the last token are."""
 
 MAX_STATES = 5_000
-"""Dots that are drawn; in a larger circuit states are only where lines meet."""
+"""States that are dots and have a text under the mouse, as have skips and MLPs; a larger circuit has lines only."""
 
 _WIDTHS = (
     (1, "1 head", 1.0),
@@ -41,7 +43,6 @@ _WIDTHS = (
 )
 """Up to how many heads share a line: what the legend says, and how wide it is (px) where lines are few."""
 
-_ASIDE = 0.2  # how far from its token's column an MLP, or a head that stays on its token, is drawn
 _NAMED_TOKENS = 72  # more do not fit below one another
 
 
@@ -64,16 +65,22 @@ def plot_circuit(circuit: Circuit, *, prediction: str | None = None) -> go.Figur
     if not isinstance(circuit.graph, TokenGraph):
         raise ValueError(f"`circuit` must be one of a TokenGraph to be drawn, got {type(circuit.graph).__name__}.")
     sheet = _Sheet(circuit.graph, tuple(label(shortened(visible(text), 24)) for text in circuit.provenance.texts))
-    links = _head_links(circuit)
-    partial = len(links.count) > MAX_LINKS
-    shown = links.where(links.dest == circuit.graph.n_pos - 1) if partial else links
+    kept = {kind: mask.cpu() for kind, mask in circuit.kept.items()}
+    linked = kept["head"].any(1)  # [layer, dest, src]
+    touched = _touched(sheet, kept, linked)
+    detailed = int(touched.sum()) <= MAX_STATES
+    n_links = int(linked.sum())
+    remark = ""
+    if n_links > MAX_LINKS:
+        linked[:, :-1] = False
+        remark = f"only heads into the last token are drawn: all {n_links:,} lines would be too many"
     figure = go.Figure(layout={"template": TEMPLATE})
-    _add_skips(figure, sheet, circuit)
-    _add_heads(figure, sheet, shown)
-    _add_mlps(figure, sheet, circuit)
-    _add_states(figure, sheet, circuit, prediction)
-    left_out = f"only heads into the last token are drawn, {len(links.count):,} lines being too many" if partial else ""
-    _add_frame(figure, sheet, circuit, left_out)
+    _add_skips(figure, sheet, kept, detailed)
+    _add_heads(figure, sheet, _head_links(kept["head"], linked))
+    _add_mlps(figure, sheet, kept, detailed)
+    _add_states(figure, sheet, touched, detailed)
+    _add_prediction(figure, sheet, prediction)
+    _add_frame(figure, sheet, circuit, touched[0], remark)
     return figure
 
 
@@ -99,8 +106,18 @@ class _Sheet:
         """Row of the prediction."""
         return self.rows * self.graph.n_layers
 
+    @property
+    def aside(self) -> float:
+        """How far from its token's column an MLP, or a head that stays on its token, is drawn."""
+        return min(0.2, 0.02 * self.graph.n_pos)
+
+    @property
+    def crowding(self) -> float:
+        """How wide lines beside a column may be: 1 is as wide as they like, less where tokens are many."""
+        return max(min(1.0, 40 / self.graph.n_pos), 0.3)
+
     def at(self, pos: int) -> str:
-        """A token, for hover texts."""
+        """A token, for the texts under the mouse."""
         return f"'{self.names[pos]}' ({pos})"
 
 
@@ -113,7 +130,7 @@ class _Links:
         dest: Token that it enters.
         src: Token that it leaves.
         count: Number of heads.
-        heads: The heads of all links, end to end.
+        heads: Which heads these are.
     """
 
     layer: Int[ndarray, " link"]
@@ -127,13 +144,14 @@ class _Links:
         return _Links(self.layer[chosen], self.dest[chosen], self.src[chosen], self.count[chosen], heads)
 
 
-def _head_links(circuit: Circuit) -> _Links:
-    index = circuit.kept["head"].permute(0, 2, 3, 1).nonzero().cpu().numpy()  # [edge, (layer, dest, src, head)], sorted
-    starts = np.flatnonzero((np.diff(index[:, :3], axis=0, prepend=-1) != 0).any(1))
-    count = np.diff(starts, append=len(index))
-    heads = tuple(tuple(part.tolist()) for part in np.split(index[:, 3], starts[1:])) if len(index) else ()
-    layer, dest, src = index[starts, :3].T
-    return _Links(layer, dest, src, count, heads)
+def _head_links(kept: Bool[Tensor, "layer head dest src"], linked: Bool[Tensor, "layer dest src"]) -> _Links:
+    layer, dest, src = linked.nonzero(as_tuple=True)
+    heads = kept.permute(0, 2, 3, 1)[layer, dest, src].numpy()  # [link, head]
+    count = heads.sum(1)
+    which = np.split(heads.nonzero()[1], count.cumsum()[:-1])
+    return _Links(
+        layer.numpy(), dest.numpy(), src.numpy(), count, tuple(tuple(part.tolist()) for part in which[: len(count)])
+    )
 
 
 def _add_heads(figure: go.Figure, sheet: _Sheet, links: _Links) -> None:
@@ -147,12 +165,14 @@ def _add_heads(figure: go.Figure, sheet: _Sheet, links: _Links) -> None:
             across, staying = part.where(part.src != part.dest), part.where(part.src == part.dest)
             bottom = sheet.rows * across.layer
             straight = _corners([across.src, across.dest], [bottom, bottom + 1])
-            round_about = _detour(staying.src, sheet.rows * staying.layer, -_ASIDE)
-            line = {"color": COLOURS["head"], "width": width * ink}
-            figure.add_trace(_lines(np.concatenate([straight, round_about], axis=1), name, line, opacity=0.8 * ink))
+            round_about = _detour(staying.src, sheet.rows * staying.layer, -sheet.aside)
+            line = {"color": COLOURS["head"], "width": width * ink**0.5}
+            corners = np.concatenate([straight, round_about], axis=1)
+            figure.add_trace(_lines(corners, name, line, opacity=0.8 * ink, showlegend=False))
+            figure.add_trace(_lines(np.full((2, 1), np.nan), name, {**line, "width": width}))  # legible in the legend
     # Links of one layer cross: each is touched at a height of its own distance, where no two are at one place.
     share = 0.2 + 0.6 * (links.dest - links.src) / max(sheet.graph.n_pos, 1)
-    x = links.src + share * (links.dest - links.src) - np.where(links.src == links.dest, _ASIDE, 0.0)
+    x = links.src + share * (links.dest - links.src) - np.where(links.src == links.dest, sheet.aside, 0.0)
     texts = [
         f"{_listed(layer, heads)}<br>{sheet.at(src)} → {sheet.at(dest)}"
         for layer, heads, src, dest in zip(
@@ -172,63 +192,67 @@ def _ink(n_links: int) -> float:
     return float(np.clip((100 / max(n_links, 1)) ** 0.35, 0.15, 1.0))
 
 
-def _add_skips(figure: go.Figure, sheet: _Sheet, circuit: Circuit) -> None:
+def _add_skips(figure: go.Figure, sheet: _Sheet, kept: Mapping[str, Tensor], detailed: bool) -> None:
     x, bottom, texts = [], [], []
     for kind, row, around in (("resid_attn", 0, "attention"), ("resid_mlp", 1, "MLP")):
-        if kind in circuit.kept:
-            layer, pos = circuit.kept[kind].nonzero().cpu().numpy().T
+        if kind in kept:
+            layer, pos = kept[kind].nonzero().numpy().T
             x.append(pos)
             bottom.append(sheet.rows * layer + row)
             texts += [f"skip around {around} {i}<br>{sheet.at(p)}" for i, p in zip(layer, pos, strict=True)]
     x, bottom = np.concatenate(x), np.concatenate(bottom)
-    line = {"color": COLOURS["residual"], "width": 1.5}
+    line = {"color": COLOURS["residual"], "width": 1.5 * sheet.crowding}
     figure.add_trace(_lines(_corners([x, x], [bottom, bottom + 1]), "skip connection", line))
-    figure.add_trace(_touch(x, bottom + 0.5, texts, "skips", COLOURS["residual"]))
+    if detailed:
+        figure.add_trace(_touch(x, bottom + 0.5, texts, "skip", COLOURS["residual"]))
 
 
-def _add_mlps(figure: go.Figure, sheet: _Sheet, circuit: Circuit) -> None:
-    if "mlp" not in circuit.kept or not circuit.kept["mlp"].any():
+def _add_mlps(figure: go.Figure, sheet: _Sheet, kept: Mapping[str, Tensor], detailed: bool) -> None:
+    if "mlp" not in kept:
         return
-    layer, pos = circuit.kept["mlp"].nonzero().cpu().numpy().T
+    layer, pos = kept["mlp"].nonzero().numpy().T
     bottom = sheet.rows * layer + 1
-    aside = pos + _ASIDE
-    line = {"color": COLOURS["mlp"], "width": 1}
-    figure.add_trace(_lines(_detour(pos, bottom, _ASIDE), "MLP", line, showlegend=False))
-    # Bars of one thick line, not markers: as many as may be, they stay one element of the page.
-    bars = _corners([aside, aside], [bottom + 0.34, bottom + 0.66])
-    figure.add_trace(_lines(bars, "MLP", {**line, "width": 6}))
-    texts = [f"m{i}<br>{sheet.at(p)}" for i, p in zip(layer, pos, strict=True)]
-    figure.add_trace(_touch(aside, bottom + 0.5, texts, "MLPs", COLOURS["mlp"]))
+    aside = pos + sheet.aside
+    # Bars of one thick line, not markers: as many as may be, they are one element of the page.
+    line = {"color": COLOURS["mlp"], "width": 6 * sheet.crowding}
+    figure.add_trace(_lines(_corners([aside, aside], [bottom + 0.34, bottom + 0.66]), "MLP", line))
+    if detailed:
+        thin = {**line, "width": sheet.crowding}
+        figure.add_trace(_lines(_detour(pos, bottom, sheet.aside), "MLP", thin, showlegend=False))
+        texts = [f"m{i}<br>{sheet.at(p)}" for i, p in zip(layer, pos, strict=True)]
+        figure.add_trace(_touch(aside, bottom + 0.5, texts, "MLP", COLOURS["mlp"]))
 
 
-def _add_states(figure: go.Figure, sheet: _Sheet, circuit: Circuit, prediction: str | None) -> None:
-    """A dot at each state that an edge of the circuit leaves or enters, and the prediction."""
-    touched = _touched(sheet, circuit)
-    row, pos = touched.nonzero()
-    if len(row) > MAX_STATES:
-        row, pos = row[:0], pos[:0]
+def _add_states(figure: go.Figure, sheet: _Sheet, touched: Bool[ndarray, "row pos"], detailed: bool) -> None:
+    """A dot at each state that an edge of the circuit leaves or enters."""
+    if not detailed:
+        return
+    row, pos = touched[:-1].nonzero()  # the last row is the prediction's
     texts = [f"{sheet.at(p)}<br>{_state(sheet, r)}" for r, p in zip(row.tolist(), pos.tolist(), strict=True)]
     figure.add_scatter(
-        x=pos, y=row, mode="markers", marker={"color": INK, "size": 4}, text=texts, hovertemplate="%{text}",
-        name="states", showlegend=False,
+        x=pos, y=row, mode="markers", marker={"color": INK, "size": 2 + 2 * sheet.crowding}, text=texts,
+        hovertemplate="%{text}<extra></extra>", name="state", showlegend=False,
     )  # fmt: skip
+
+
+def _add_prediction(figure: go.Figure, sheet: _Sheet, prediction: str | None) -> None:
     text = "prediction" if prediction is None else quoted(prediction, 20)
     figure.add_scatter(
         x=[sheet.graph.n_pos - 1], y=[sheet.top], mode="markers+text", text=[f"<b>{text}</b>"],
         textposition="top left", cliponaxis=False,
         marker={"color": "white", "size": 10, "line": {"color": INK, "width": 2}},
-        name="prediction", showlegend=False, hovertemplate="%{text}",
+        name="prediction", showlegend=False, hovertemplate="%{text}<extra></extra>",
     )  # fmt: skip
 
 
-def _touched(sheet: _Sheet, circuit: Circuit) -> Bool[ndarray, "row pos"]:
-    """Which states ``[row, pos]`` the circuit's edges leave or enter."""
+def _touched(
+    sheet: _Sheet, kept: Mapping[str, Tensor], linked: Bool[Tensor, "layer dest src"]
+) -> Bool[ndarray, "row pos"]:
+    """Which states the circuit's edges leave or enter."""
     touched = torch.zeros(sheet.top + 1, sheet.graph.n_pos, dtype=torch.bool)
-    kept = {kind: mask.cpu() for kind, mask in circuit.kept.items()}
     before, after = touched[: -1 : sheet.rows], touched[1 :: sheet.rows]  # views: around attention
-    heads = kept["head"].any(1)  # [layer, dest, src]
-    before |= heads.any(1) | kept["resid_attn"]
-    after |= heads.any(2) | kept["resid_attn"]
+    before |= linked.any(1) | kept["resid_attn"]
+    after |= linked.any(2) | kept["resid_attn"]
     if sheet.graph.has_mlp:
         around = kept["mlp"] | kept["resid_mlp"]
         touched[1::2] |= around
@@ -243,9 +267,8 @@ def _state(sheet: _Sheet, row: int) -> str:
     return f"stream after {('attention', 'MLP')[sublayer]} {layer}"
 
 
-def _add_frame(figure: go.Figure, sheet: _Sheet, circuit: Circuit, left_out: str) -> None:
+def _add_frame(figure: go.Figure, sheet: _Sheet, circuit: Circuit, read: Bool[ndarray, " pos"], remark: str) -> None:
     n_pos, n_layers, rows = sheet.graph.n_pos, sheet.graph.n_layers, sheet.rows
-    read = _touched(sheet, circuit)[0]
     step = -(-n_pos // _NAMED_TOKENS)
     named = range((n_pos - 1) % step, n_pos, step)  # the last token always
     names = [token(circuit.provenance.texts[pos]) for pos in named]
@@ -265,9 +288,9 @@ def _add_frame(figure: go.Figure, sheet: _Sheet, circuit: Circuit, left_out: str
     ]
     size = f"{circuit.n_edges:,} of {circuit.graph.n_edges:,} edges ({percent(circuit.fraction)})"
     figure.update_layout(
-        title=heading(f"Circuit of {size}, {measured}", " · ".join(about) + f"<br>{left_out}" * bool(left_out)),
+        title=heading(f"Circuit of {size}, {measured}", " · ".join(about) + f"<br>{remark}" * bool(remark)),
         height=220 + max(240, min(36 * sheet.top, 600), 11 * sheet.top),
-        margin={"t": 112 if left_out else 96},
+        margin={"t": 112 if remark else 96},
         legend={"itemsizing": "trace"},
         xaxis={
             "range": [-0.6, n_pos - 0.4],
@@ -278,7 +301,7 @@ def _add_frame(figure: go.Figure, sheet: _Sheet, circuit: Circuit, left_out: str
             "ticks": "",
             "showgrid": True,
             "gridcolor": FAINT,
-            "title": {"text": "token" if step == 1 else f"token (every {step}. is named)"},
+            "title": {"text": "token" if step == 1 else f"token (one in {step} is named)"},
         },
         yaxis={
             "range": [-0.3, sheet.top + 0.9],
@@ -312,8 +335,9 @@ def _lines(
 ) -> go.Scatter:
     x, y = corners
     return go.Scatter(
-        x=x, y=y, mode="lines", line=line, opacity=opacity, name=name, showlegend=showlegend, hoverinfo="skip"
-    )
+        x=x, y=y, mode="lines", line=line, opacity=opacity, name=name, legendgroup=name, showlegend=showlegend,
+        hoverinfo="skip",
+    )  # fmt: skip
 
 
 def _touch(x: ndarray, y: ndarray, texts: list[str], name: str, colour: str) -> go.Scatter:
