@@ -16,7 +16,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/pytest
 
 # torch goes first and alone: asked for with its exact version, pip can take a CPU-only wheel where the machine offers one;

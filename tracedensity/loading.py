@@ -181,7 +181,7 @@ def _hugging_face_model(folder: Path, dtype: DType) -> Any:
     # TransformerLens picks the class of a model by words in its path: "bert" in a folder's name would
     # load BertForPreTraining. Its own loading is therefore not used.
     try:
-        hf_model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:
@@ -189,6 +189,7 @@ def _hugging_face_model(folder: Path, dtype: DType) -> Any:
             f"`name_or_model` must be a folder with a causal language model, got {folder}, whose weights do not "
             f"load: {_first_line(error)}"
         ) from error
+    hf_model, info = loaded
     # Hugging Face fills what a file lacks with random numbers.
     if missing := sorted(info["missing_keys"]):
         raise ValueError(

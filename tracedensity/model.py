@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -47,6 +47,7 @@ _CHECKED = {
 }
 
 
+@runtime_checkable  # so that test runs can check annotations
 class HookedModel(Protocol):
     """The part of TransformerLens' `HookedTransformer` that is used here."""
 
@@ -356,7 +357,9 @@ def as_transformer(model: object) -> Transformer:
             "the token graph does not describe parallel blocks."
         )
     if getattr(cfg, "attention_dir", "causal") != "causal":
-        raise ValueError(f"`model` must be a causal language model, got attention in both directions ({cfg.model_name}).")
+        raise ValueError(
+            f"`model` must be a causal language model, got attention in both directions ({cfg.model_name})."
+        )
     return Transformer(
         model=cast(HookedModel, model),
         name=str(cfg.model_name),
@@ -407,5 +410,3 @@ def _text(tokenizer: Any, token: int) -> str:
     if isinstance(name, str) and name.startswith("▁") and not text.startswith(" "):
         text = " " + text
     return text
-
-

@@ -1,0 +1,72 @@
+"""What every test shares: checked shapes, no network, two tiny models and one real one."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which reads it once
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from jaxtyping import install_import_hook
+
+# Before anything imports the packages: every call in every test run checks its shapes and types.
+install_import_hook(["tracedensity", "training"], "beartype.beartype")
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260K"
+SHAPE = {"n_layers": 2, "d_model": 16, "n_heads": 4, "d_head": 4, "d_mlp": 24, "n_ctx": 32, "d_vocab": 20}
+
+
+def random_model(**options: object) -> HookedTransformer:
+    """A seeded model whose biases and norm weights are random too: zeros and ones would hide mistakes."""
+    config = HookedTransformerConfig(**{**SHAPE, "init_weights": False, "device": "cpu", **options})
+    model = HookedTransformer(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
+            if name.split(".")[-2].startswith("ln") and name.endswith("w"):
+                parameter.add_(1)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2() -> HookedTransformer:
+    """LayerNorm, learned positions, biases everywhere; no tokenizer."""
+    return random_model(model_name="tiny-gpt2", act_fn="gelu_new", normalization_type="LN")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> HookedTransformer:
+    """RMSNorm, rotary positions, gated MLP, four heads that share two key/value heads; no tokenizer."""
+    return random_model(
+        model_name="tiny-llama",
+        act_fn="silu",
+        gated_mlp=True,
+        normalization_type="RMS",
+        final_rms=True,
+        positional_embedding_type="rotary",
+        rotary_dim=4,
+        n_key_value_heads=2,
+    )
+
+
+@pytest.fixture(scope="session", params=["gpt2", "llama"])
+def tiny_model(request: pytest.FixtureRequest) -> HookedTransformer:
+    """Each of the two tiny models in turn."""
+    return request.getfixturevalue(f"tiny_{request.param}")
+
+
+@pytest.fixture(scope="session")
+def stories() -> HookedTransformer:
+    """A real Llama of 260,000 parameters, where it lies beside the checkout."""
+    if not STORIES.is_dir():
+        pytest.skip("the stories260K model is not beside the checkout")
+    import tracedensity as td
+
+    return td.load_model(STORIES, device="cpu")
