@@ -64,7 +64,8 @@ def plot_circuit(circuit: Circuit, *, prediction: str | None = None) -> go.Figur
     """
     if not isinstance(circuit.graph, TokenGraph):
         raise ValueError(f"`circuit` must be one of a TokenGraph to be drawn, got {type(circuit.graph).__name__}.")
-    sheet = _Sheet(circuit.graph, tuple(label(shortened(visible(text), 24)) for text in circuit.provenance.texts))
+    texts = [label(shortened(visible(text), 24)) for text in circuit.provenance.texts]
+    sheet = _Sheet(circuit.graph, tuple(f"'{text}' ({pos})" for pos, text in enumerate(texts)))
     kept = {kind: mask.cpu() for kind, mask in circuit.kept.items()}
     linked = kept["head"].any(1)  # [layer, dest, src]
     touched = _touched(sheet, kept, linked)
@@ -90,7 +91,7 @@ class _Sheet:
 
     Attributes:
         graph: What is drawn.
-        names: Texts of the tokens, ready to be shown.
+        names: What tokens are called under the mouse: their text and position.
     """
 
     graph: TokenGraph
@@ -115,10 +116,6 @@ class _Sheet:
     def crowding(self) -> float:
         """How wide lines beside a column may be: 1 is as wide as they like, less where tokens are many."""
         return max(min(1.0, 40 / self.graph.n_pos), 0.3)
-
-    def at(self, pos: int) -> str:
-        """A token, for the texts under the mouse."""
-        return f"'{self.names[pos]}' ({pos})"
 
 
 @dataclass(frozen=True)
@@ -174,7 +171,7 @@ def _add_heads(figure: go.Figure, sheet: _Sheet, links: _Links) -> None:
     share = 0.2 + 0.6 * (links.dest - links.src) / max(sheet.graph.n_pos, 1)
     x = links.src + share * (links.dest - links.src) - np.where(links.src == links.dest, sheet.aside, 0.0)
     texts = [
-        f"{_listed(layer, heads)}<br>{sheet.at(src)} → {sheet.at(dest)}"
+        f"{_listed(layer, heads)}<br>{sheet.names[src]} → {sheet.names[dest]}"
         for layer, heads, src, dest in zip(
             links.layer.tolist(), links.heads, links.src.tolist(), links.dest.tolist(), strict=True
         )
@@ -199,7 +196,7 @@ def _add_skips(figure: go.Figure, sheet: _Sheet, kept: Mapping[str, Tensor], det
             layer, pos = kept[kind].nonzero().numpy().T
             x.append(pos)
             bottom.append(sheet.rows * layer + row)
-            texts += [f"skip around {around} {i}<br>{sheet.at(p)}" for i, p in zip(layer, pos, strict=True)]
+            texts += [f"skip around {around} {i}<br>{sheet.names[p]}" for i, p in kept[kind].nonzero().tolist()]
     x, bottom = np.concatenate(x), np.concatenate(bottom)
     line = {"color": COLOURS["residual"], "width": 1.5 * sheet.crowding}
     figure.add_trace(_lines(_corners([x, x], [bottom, bottom + 1]), "skip connection", line))
@@ -219,7 +216,7 @@ def _add_mlps(figure: go.Figure, sheet: _Sheet, kept: Mapping[str, Tensor], deta
     if detailed:
         thin = {**line, "width": sheet.crowding}
         figure.add_trace(_lines(_detour(pos, bottom, sheet.aside), "MLP", thin, showlegend=False))
-        texts = [f"m{i}<br>{sheet.at(p)}" for i, p in zip(layer, pos, strict=True)]
+        texts = [f"m{i}<br>{sheet.names[p]}" for i, p in kept["mlp"].nonzero().tolist()]
         figure.add_trace(_touch(aside, bottom + 0.5, texts, "MLP", COLOURS["mlp"]))
 
 
@@ -228,7 +225,7 @@ def _add_states(figure: go.Figure, sheet: _Sheet, touched: Bool[ndarray, "row po
     if not detailed:
         return
     row, pos = touched[:-1].nonzero()  # the last row is the prediction's
-    texts = [f"{sheet.at(p)}<br>{_state(sheet, r)}" for r, p in zip(row.tolist(), pos.tolist(), strict=True)]
+    texts = [f"{sheet.names[p]}<br>{_state(sheet, r)}" for r, p in zip(row.tolist(), pos.tolist(), strict=True)]
     figure.add_scatter(
         x=pos, y=row, mode="markers", marker={"color": INK, "size": 2 + 2 * sheet.crowding}, text=texts,
         hovertemplate="%{text}<extra></extra>", name="state", showlegend=False,
