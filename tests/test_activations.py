@@ -1,5 +1,6 @@
 """What `capture` keeps, against TransformerLens' own cache and against sums that must come out."""
 
+import copy
 import gc
 import re
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from typing import Any, get_args
 import jaxtyping
 import pytest
 import torch
-from transformer_lens import HookedTransformer, HookedTransformerConfig
+from conftest import random_model
+from transformer_lens import HookedTransformer
 
 import tracedensity as td
 from tracedensity.activations import (
@@ -45,24 +47,12 @@ LLAMA = {
     "rotary_dim": 4,
     "n_key_value_heads": 2,
 }
-GEMMA2 = {**LLAMA, "use_normalization_before_and_after": True}
-KINDS: dict[str, dict[str, Any]] = {"gpt2": GPT2, "llama": LLAMA}
 
 
-def make(**options: Any) -> HookedTransformer:
-    """A tiny random model, its biases and norm weights random as well."""
-    shape = {"n_layers": 2, "d_model": 16, "n_heads": 4, "d_head": 4, "n_ctx": 12, "d_vocab": 11, "d_mlp": 24}
-    model = HookedTransformer(HookedTransformerConfig(**{**shape, "init_weights": False, **options}))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
-    return model
-
-
-@pytest.fixture(params=KINDS)
-def model(request: pytest.FixtureRequest) -> HookedTransformer:
-    return make(**KINDS[request.param])
+@pytest.fixture
+def own_model(tiny_model: HookedTransformer) -> HookedTransformer:
+    """One of the tiny models in turn, to do with as a test likes."""
+    return copy.deepcopy(tiny_model)
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, rtol: float = 1e-5, atol: float = 1e-6) -> None:
@@ -87,17 +77,17 @@ def hook_count(model: HookedTransformer) -> int:
 
 
 @pytest.mark.parametrize("quantity", CACHED)
-def test_every_layer_equals_the_cache_of_transformerlens(model, quantity):
-    _, cache = model.run_with_cache(torch.tensor([PROMPT]))
-    captured = getattr(td.capture(model, PROMPT, keep=quantity), quantity)
+def test_every_layer_equals_the_cache_of_transformerlens(tiny_model, quantity):
+    _, cache = tiny_model.run_with_cache(torch.tensor([PROMPT]))
+    captured = getattr(td.capture(tiny_model, PROMPT, keep=quantity), quantity)
     assert len(captured) == 2
     for layer in range(2):
         close(captured[layer], cache[CACHED[quantity].format(layer)][0])
 
 
-def test_values_are_repeated_for_the_heads_that_share_them(model):
-    _, cache = model.run_with_cache(torch.tensor([PROMPT]))
-    activations = td.capture(model, PROMPT, keep="value")
+def test_values_are_repeated_for_the_heads_that_share_them(tiny_model):
+    _, cache = tiny_model.run_with_cache(torch.tensor([PROMPT]))
+    activations = td.capture(tiny_model, PROMPT, keep="value")
     for layer in range(2):
         stored = cache[f"blocks.{layer}.attn.hook_v"][0]  # [pos, kv_head, d_head]
         for head in range(4):
@@ -108,54 +98,54 @@ def test_values_are_repeated_for_the_heads_that_share_them(model):
     close(heads, activations.value[1][:, [3, 0]])
 
 
-def test_the_pattern_moves_values_to_z(model):
-    head = td.capture(model, PROMPT).head("a1.h2")
+def test_the_pattern_moves_values_to_z(tiny_model):
+    head = td.capture(tiny_model, PROMPT).head("a1.h2")
     close(head.pattern @ head.value, head.z)
 
 
-def test_logits_are_those_of_the_last_position(model):
-    activations = td.capture(model, PROMPT, keep="z")
-    close(activations.logits, model(torch.tensor([PROMPT]))[0, -1])
+def test_logits_are_those_of_the_last_position(tiny_model):
+    activations = td.capture(tiny_model, PROMPT, keep="z")
+    close(activations.logits, tiny_model(torch.tensor([PROMPT]))[0, -1])
 
 
-def test_heads_and_their_bias_sum_to_what_attention_adds(model):
-    activations = td.capture(model, PROMPT)
+def test_heads_and_their_bias_sum_to_what_attention_adds(tiny_model):
+    activations = td.capture(tiny_model, PROMPT)
     for layer in range(2):
         heads = activations.get("output", layer=layer)
-        b_O = model.blocks[layer].attn.b_O
+        b_O = tiny_model.blocks[layer].attn.b_O
         close(activations.resid_pre[layer] + heads.sum(1) + b_O, activations.resid_mid[layer])
 
 
-def test_neurons_and_their_bias_sum_to_what_the_mlp_adds(model):
-    activations = td.capture(model, PROMPT)
+def test_neurons_and_their_bias_sum_to_what_the_mlp_adds(tiny_model):
+    activations = td.capture(tiny_model, PROMPT)
     for layer in range(2):
-        mlp = model.blocks[layer].mlp
+        mlp = tiny_model.blocks[layer].mlp
         each = activations.post[layer][..., None] * mlp.W_out  # [pos, d_mlp, d_model]
         close(each.sum(1) + mlp.b_out, activations.mlp_out[layer])
         close(activations.get("neuron_norm", layer=layer), each.norm(dim=-1))
         close(activations.resid_mid[layer] + activations.mlp_out[layer], activations.resid_post[layer])
 
 
-def test_the_stream_goes_on_from_layer_to_layer(model):
-    activations = td.capture(model, PROMPT)
+def test_the_stream_goes_on_from_layer_to_layer(tiny_model):
+    activations = td.capture(tiny_model, PROMPT)
     close(activations.resid_pre[1], activations.resid_post[0], rtol=0, atol=0)
 
 
-def test_a_head_with_zeroed_output_weights_is_what_the_stream_loses(model):
-    head = td.capture(model, PROMPT).head("a1.h3")
+def test_a_head_with_zeroed_output_weights_is_what_the_stream_loses(own_model):
+    head = td.capture(own_model, PROMPT).head("a1.h3")
     output, norm = head.output, head.norm
-    before = td.capture(model, PROMPT, keep="resid_mid").resid_mid[1]
+    before = td.capture(own_model, PROMPT, keep="resid_mid").resid_mid[1]
     with torch.no_grad():
-        model.blocks[1].attn.W_O[3] = 0
-    after = td.capture(model, PROMPT, keep="resid_mid").resid_mid[1]
+        own_model.blocks[1].attn.W_O[3] = 0
+    after = td.capture(own_model, PROMPT, keep="resid_mid").resid_mid[1]
     close(output, before - after)
     close(norm, (before - after).norm(dim=-1))
 
 
 @pytest.mark.parametrize("original", ["Gemma2ForCausalLM", "Olmo2ForCausalLM"])
 def test_a_norm_after_attention_is_linearised(original):
-    options = GEMMA2 if original.startswith("Gemma") else {**LLAMA, "original_architecture": original}
-    model = make(**options)
+    gemma = original == "Gemma2ForCausalLM"
+    model = random_model(**LLAMA, original_architecture=original, use_normalization_before_and_after=gemma)
     with torch.no_grad():
         for block in model.blocks:
             block.attn.b_O.zero_()  # a bias would pass through the norm too
@@ -168,7 +158,7 @@ def test_a_norm_after_attention_is_linearised(original):
     close(one, activations.get("output", layer=1)[2, 3])
     last = td.capture(model, PROMPT, keep="z", layers=1)
     close(last.get("output", layer=1), activations.get("output", layer=1))
-    assert last.nbytes == 4 * (7 * 16 + 11 + 7) + 8 * 7  # z, logits, one scale for each position; tokens
+    assert last.nbytes == 4 * (7 * 16 + 20 + 7) + 8 * 7  # z, logits, one scale for each position; tokens
 
 
 # -- parts -------------------------------------------------------------------------------------------
@@ -196,8 +186,8 @@ class Part:
     ],
     ids=str,
 )
-def test_a_part_is_that_slice_of_the_whole(part):
-    activations = td.capture(make(**GPT2), PROMPT)
+def test_a_part_is_that_slice_of_the_whole(tiny_gpt2, part):
+    activations = td.capture(tiny_gpt2, PROMPT)
     whole = getattr(activations, part.quantity)
     close(activations.get(part.quantity, **part.select), whole[part.index], rtol=0, atol=0)
 
@@ -211,13 +201,13 @@ def test_a_part_is_that_slice_of_the_whole(part):
         ("neuron_norm", {"neuron": 23, "position": [1, 4]}, (slice(None), [1, 4], 23)),
     ],
 )
-def test_a_part_of_what_is_computed_is_that_slice_of_the_whole(model, quantity, select, index):
-    activations = td.capture(model, PROMPT)
+def test_a_part_of_what_is_computed_is_that_slice_of_the_whole(tiny_model, quantity, select, index):
+    activations = td.capture(tiny_model, PROMPT)
     close(activations.get(quantity, **select), activations.get(quantity)[index])
 
 
 def test_layers_keep_the_models_numbers_when_few_are_captured():
-    model = make(**GPT2, n_layers=4)
+    model = random_model(**GPT2, n_layers=4)
     few = td.capture(model, PROMPT, layers=[-1, 1])
     every = td.capture(model, PROMPT)
     assert few.layers == (1, 3)
@@ -229,8 +219,8 @@ def test_layers_keep_the_models_numbers_when_few_are_captured():
     assert set(few.to_dataframe("neuron").layer) == {1, 3}
 
 
-def test_an_mlp_is_a_view_of_its_layer(model):
-    activations = td.capture(model, PROMPT)
+def test_an_mlp_is_a_view_of_its_layer(tiny_model):
+    activations = td.capture(tiny_model, PROMPT)
     mlp = activations.mlp("m1")
     close(mlp.pre, activations.pre[1])
     close(mlp.post, activations.post[1])
@@ -239,14 +229,14 @@ def test_an_mlp_is_a_view_of_its_layer(model):
     assert mlp.name == "m1" and activations.head("a0.h3").name == "a0.h3"
 
 
-def test_position_cuts_the_prompt(model):
-    cut = td.capture(model, PROMPT, position=3)
-    close(cut.z, td.capture(model, PROMPT[:4]).z)
+def test_position_cuts_the_prompt(tiny_model):
+    cut = td.capture(tiny_model, PROMPT, position=3)
+    close(cut.z, td.capture(tiny_model, PROMPT[:4]).z)
     assert cut.tokens.tolist() == PROMPT[:4]
 
 
-def test_numbers_from_tables_and_tensors_are_indices_too():
-    activations = td.capture(make(**GPT2), PROMPT)
+def test_numbers_from_tables_and_tensors_are_indices_too(tiny_gpt2):
+    activations = td.capture(tiny_gpt2, PROMPT)
     row = activations.to_dataframe("head").iloc[0]
     assert activations.get("output", layer=row["layer"], head=row["head"], position=row["position"]).shape == (16,)
     top = activations.top_heads(3)
@@ -256,8 +246,8 @@ def test_numbers_from_tables_and_tensors_are_indices_too():
 # -- top and table -----------------------------------------------------------------------------------
 
 
-def test_top_heads_rank_by_what_they_write_at_the_position(model):
-    activations = td.capture(model, PROMPT)
+def test_top_heads_rank_by_what_they_write_at_the_position(tiny_model):
+    activations = td.capture(tiny_model, PROMPT)
     outputs = torch.stack([activations.get("output", layer=layer)[2].norm(dim=-1) for layer in range(2)])
     top = activations.top_heads(3, position=2)
     expected = sorted((float(outputs[layer, head]), f"a{layer}.h{head}") for layer in range(2) for head in range(4))
@@ -266,25 +256,25 @@ def test_top_heads_rank_by_what_they_write_at_the_position(model):
     assert (top.position, top.token) == (2, "4")
 
 
-def test_top_neurons_rank_by_what_they_write_at_the_last_position(model):
-    activations = td.capture(model, PROMPT)
+def test_top_neurons_rank_by_what_they_write_at_the_last_position(tiny_model):
+    activations = td.capture(tiny_model, PROMPT)
     top = activations.top_neurons(48)
     assert sorted(top.names) == sorted(f"m{layer}.n{neuron}" for layer in range(2) for neuron in range(24))
-    W_out = [block.mlp.W_out for block in model.blocks]
+    W_out = [block.mlp.W_out for block in tiny_model.blocks]
     for name, norm in zip(top.names, top.norm, strict=True):
         layer, neuron = neuron_index(name)
         close(norm, (activations.post[layer, -1, neuron] * W_out[layer][neuron]).norm())
     assert (top.norm.diff() <= 0).all()
 
 
-def test_top_says_in_print_what_it_ranks():
-    lines = repr(td.capture(make(**GPT2), PROMPT).top_neurons(2)).splitlines()
+def test_top_says_in_print_what_it_ranks(tiny_gpt2):
+    lines = repr(td.capture(tiny_gpt2, PROMPT).top_neurons(2)).splitlines()
     assert lines[0] == "neurons that write most at position 6 '2' (L2 norm):"
     assert len(lines) == 3 and lines[1].split()[0].startswith("m")
 
 
-def test_the_table_of_heads_has_a_row_for_each(model):
-    activations = td.capture(model, PROMPT)
+def test_the_table_of_heads_has_a_row_for_each(tiny_model):
+    activations = td.capture(tiny_model, PROMPT)
     frame = activations.to_dataframe("head")
     assert list(frame) == ["layer", "head", "name", "position", "token", "norm"]
     assert len(frame) == 2 * 4 * 7
@@ -294,8 +284,8 @@ def test_the_table_of_heads_has_a_row_for_each(model):
         assert row.norm == pytest.approx(float(activations.head(row.name).norm[row.position]), rel=1e-5)
 
 
-def test_the_table_of_neurons_has_a_row_for_each(model):
-    activations = td.capture(model, PROMPT)
+def test_the_table_of_neurons_has_a_row_for_each(tiny_model):
+    activations = td.capture(tiny_model, PROMPT)
     frame = activations.to_dataframe("neuron", layer=1, position=[2, -1])
     assert list(frame) == ["layer", "neuron", "position", "token", "pre", "post", "norm"]
     assert len(frame) == 24 * 2 and set(frame.layer) == {1} and set(frame.position) == {2, 6}
@@ -305,11 +295,11 @@ def test_the_table_of_neurons_has_a_row_for_each(model):
         assert row.post == float(activations.post[1, row.position, row.neuron])
         expected = float(activations.get("neuron_norm", layer=1, position=row.position, neuron=row.neuron))
         assert row.norm == pytest.approx(expected, rel=1e-5)
-    assert "pre" not in td.capture(model, PROMPT, keep="post").to_dataframe("neuron")
+    assert "pre" not in td.capture(tiny_model, PROMPT, keep="post").to_dataframe("neuron")
 
 
-def test_the_table_of_attention_has_no_future(model):
-    activations = td.capture(model, PROMPT, keep="pattern")
+def test_the_table_of_attention_has_no_future(tiny_model):
+    activations = td.capture(tiny_model, PROMPT, keep="pattern")
     frame = activations.to_dataframe("attention")
     assert list(frame) == ["layer", "head", "name", "dest", "dest_token", "src", "src_token", "weight"]
     assert len(frame) == 2 * 4 * (7 * 8 // 2)
@@ -320,7 +310,7 @@ def test_the_table_of_attention_has_no_future(model):
 
 
 def test_a_table_of_a_half_precision_model_can_be_made():
-    activations = td.capture(make(**GPT2, dtype=torch.bfloat16), PROMPT)
+    activations = td.capture(random_model(**GPT2, dtype=torch.bfloat16), PROMPT)
     for kind in ("head", "neuron", "attention"):
         assert len(activations.to_dataframe(kind))
 
@@ -337,26 +327,26 @@ def test_a_table_of_a_half_precision_model_can_be_made():
     ],
 )
 def test_only_what_was_asked_for_stays_in_memory(keep, layers, floats):
-    model = make(**GPT2, n_layers=4)
+    model = random_model(**GPT2, n_layers=4)
     gc.collect()
     before = {id(each) for each in gc.get_objects() if issubclass(type(each), torch.Tensor)}
     activations = td.capture(model, PROMPT, keep=keep, layers=layers)
     gc.collect()
     born = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor) and id(each) not in before]
     storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in born}
-    expected = 4 * floats + 4 * 11 + 8 * 7  # and the logits (float32) and the tokens (int64)
+    expected = 4 * floats + 4 * 20 + 8 * 7  # and the logits (float32) and the tokens (int64)
     assert sum(storages.values()) == expected
     assert activations.nbytes == expected
 
 
-def test_slicing_one_head_copies_nothing():
-    activations = td.capture(make(**GPT2), PROMPT)
+def test_slicing_one_head_copies_nothing(tiny_gpt2):
+    activations = td.capture(tiny_gpt2, PROMPT)
     assert activations.head("a1.h2").z.untyped_storage().data_ptr() == activations.z.untyped_storage().data_ptr()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_raw_values_keep_the_models_dtype_and_norms_are_float32_or_better(dtype):
-    model = make(**LLAMA, dtype=dtype)
+    model = random_model(**LLAMA, dtype=dtype)
     activations = td.capture(model, PROMPT)
     full = torch.float64 if dtype == torch.float64 else torch.float32
     assert {values.dtype for values in activations.values.values()} == {dtype}
@@ -368,61 +358,64 @@ def test_raw_values_keep_the_models_dtype_and_norms_are_float32_or_better(dtype)
     close(activations.head("a1.h2").norm, expected)
 
 
-def test_nothing_captured_carries_a_gradient(model):
-    activations = td.capture(model, PROMPT)
+def test_nothing_captured_carries_a_gradient(tiny_model):
+    activations = td.capture(tiny_model, PROMPT)
     derived = [activations.get("head_norm"), activations.get("neuron_norm"), activations.get("output", layer=0)]
     assert not any(values.requires_grad for values in [*activations.values.values(), activations.logits, *derived])
 
 
-def test_the_users_prompt_is_not_shared():
+def test_the_users_prompt_is_not_shared(tiny_gpt2):
     prompt = torch.tensor(PROMPT)
-    activations = td.capture(make(**GPT2), prompt)
+    activations = td.capture(tiny_gpt2, prompt)
     prompt[0] = 0
     assert activations.tokens.tolist() == PROMPT
 
 
 def test_print_says_what_is_held():
-    activations = td.capture(make(**GPT2, n_layers=4, model_name="tiny"), PROMPT, keep=("z", "post"), layers=[0, 1])
-    size = 4 * (2 * 7 * (16 + 24) + 11) + 8 * 7
+    activations = td.capture(
+        random_model(**GPT2, n_layers=4, model_name="tiny"), PROMPT, keep=("z", "post"), layers=[0, 1]
+    )
+    size = 4 * (2 * 7 * (16 + 24) + 20) + 8 * 7
     assert repr(activations) == f"Activations(tiny: 7 tokens, layers 0-1; z, post; {size / 1000:.3g} kB)"
 
 
 # -- the model comes back as it was -------------------------------------------------------------------
 
 
-def test_the_users_hooks_survive_and_ours_are_gone(model):
+def test_the_users_hooks_survive_and_ours_are_gone(own_model):
     seen = []
-    model.add_hook("blocks.0.attn.hook_z", lambda value, hook: seen.append(1))
-    before = hook_count(model)
-    gradients = [parameter.requires_grad for parameter in model.parameters()]
-    td.capture(model, PROMPT)
-    assert hook_count(model) == before == 1 and seen == [1]
-    assert [parameter.requires_grad for parameter in model.parameters()] == gradients
-    assert model.training == make(**GPT2).training
+    own_model.train()
+    own_model.add_hook("blocks.0.attn.hook_z", lambda value, hook: seen.append(1))
+    before = hook_count(own_model)
+    gradients = [parameter.requires_grad for parameter in own_model.parameters()]
+    td.capture(own_model, PROMPT)
+    assert hook_count(own_model) == before == 1 and seen == [1]
+    assert [parameter.requires_grad for parameter in own_model.parameters()] == gradients
+    assert own_model.training
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_no_hook_survives_an_error(model, error):
+def test_no_hook_survives_an_error(own_model, error):
     def fail(value: torch.Tensor, hook: object) -> None:
         raise error("in the middle")
 
-    model.add_hook("blocks.1.hook_resid_pre", fail)
+    own_model.add_hook("blocks.1.hook_resid_pre", fail)
     with pytest.raises(error, match="in the middle"):
-        td.capture(model, PROMPT)
-    assert hook_count(model) == 1
-    model.reset_hooks()
+        td.capture(own_model, PROMPT)
+    assert hook_count(own_model) == 1
+    own_model.reset_hooks()
     with torch.no_grad():
-        weight(model, "attn.W_V").fill_(float("nan"))
+        weight(own_model, "attn.W_V").fill_(float("nan"))
     with pytest.raises(ValueError, match="layer 1"):
-        td.capture(model, PROMPT)
-    assert hook_count(model) == 0
+        td.capture(own_model, PROMPT)
+    assert hook_count(own_model) == 0
 
 
 # -- attention-only models, experts ---------------------------------------------------------------------
 
 
 def test_an_attention_only_model_has_all_but_its_mlps():
-    model = make(n_layers=2, attn_only=True, normalization_type="LN")
+    model = random_model(n_layers=2, attn_only=True, normalization_type="LN")
     activations = td.capture(model, PROMPT)
     assert list(activations.values) == ["resid_pre", "pattern", "value", "z", "attn_out", "resid_mid", "resid_post"]
     _, cache = model.run_with_cache(torch.tensor([PROMPT]))
@@ -437,7 +430,7 @@ def test_an_attention_only_model_has_all_but_its_mlps():
 
 
 def test_experts_have_no_neurons_to_tell_apart():
-    model = make(**LLAMA, num_experts=2, experts_per_token=1)
+    model = random_model(**LLAMA, num_experts=2, experts_per_token=1)
     activations = td.capture(model, PROMPT)
     assert "post" not in activations.values and "mlp_out" in activations.values
     with pytest.raises(ValueError, match="cannot be told apart"):
@@ -475,9 +468,9 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"position": 7}, "`position` must be a token of the prompt"),
     ],
 )
-def test_capture_refuses_in_one_sentence(unchecked, options, message):
+def test_capture_refuses_in_one_sentence(tiny_gpt2, unchecked, options, message):
     with pytest.raises(ValueError, match=message):
-        td.capture(make(**GPT2), PROMPT, **options)
+        td.capture(tiny_gpt2, PROMPT, **options)
 
 
 @pytest.mark.parametrize(
@@ -497,34 +490,34 @@ def test_capture_refuses_in_one_sentence(unchecked, options, message):
         (lambda a: a.get("z", neuron=0), r"`neuron` must be left out for 'z', whose axes are layer, pos, head, d_head"),
         (lambda a: a.get("output", head=0), r"`layer` or `position` must be one number"),
         (lambda a: a.head("h1.a3"), r"`name` must be that of a head, such as 'a3.h1', got 'h1.a3'"),
-        (lambda a: a.head("a1.h4"), r"`name` must be a head of custom, from a0.h0 to a1.h3, got 'a1.h4'"),
+        (lambda a: a.head("a1.h4"), r"`name` must be a head of tiny-gpt2, from a0.h0 to a1.h3, got 'a1.h4'"),
         (lambda a: a.head("a2.h0"), r"from a0.h0 to a1.h3, got 'a2.h0'"),
         (lambda a: a.mlp("a1"), r"`name` must be that of an MLP, such as 'm3', got 'a1'"),
-        (lambda a: a.mlp("m2"), r"`name` must be an MLP of custom, from m0 to m1, got 'm2'"),
+        (lambda a: a.mlp("m2"), r"`name` must be an MLP of tiny-gpt2, from m0 to m1, got 'm2'"),
         (lambda a: a.top_heads(5), r"`k` must be from 1 to 4, the number of heads captured, got 5"),
         (lambda a: a.top_heads(0), r"`k` must be from 1 to 4"),
         (lambda a: a.to_dataframe("mlp"), r"`kind` must be 'head', 'neuron' or 'attention', got 'mlp'"),
     ],
 )
-def test_activations_refuse_in_one_sentence(unchecked, ask, message):
-    activations = td.capture(make(**GPT2), PROMPT, keep="z", layers=1)
+def test_activations_refuse_in_one_sentence(tiny_gpt2, unchecked, ask, message):
+    activations = td.capture(tiny_gpt2, PROMPT, keep="z", layers=1)
     with pytest.raises(ValueError, match=message):
         ask(activations)
 
 
-def test_a_bad_number_after_the_last_layer_is_reported(model):
+def test_a_bad_number_after_the_last_layer_is_reported(own_model):
     with torch.no_grad():
-        model.unembed.W_U[0, 0] = float("nan")
+        own_model.unembed.W_U[0, 0] = float("nan")
     with pytest.raises(ValueError, match="NaN or infinite in the logits of the model"):
-        td.capture(model, PROMPT, keep="z")
+        td.capture(own_model, PROMPT, keep="z")
 
 
 @pytest.mark.parametrize("name", ["attn.W_Q", "attn.W_V", "attn.W_O", "mlp.W_out"])
-def test_a_bad_number_is_reported_with_its_layer_whatever_is_kept(model, name):
+def test_a_bad_number_is_reported_with_its_layer_whatever_is_kept(own_model, name):
     with torch.no_grad():
-        weight(model, name)[0, 0] = float("inf")
+        weight(own_model, name)[0, 0] = float("inf")
     with pytest.raises(ValueError, match=r"NaN or infinite in \w+ of layer 1"):
-        td.capture(model, PROMPT, keep="resid_pre", layers=0)
+        td.capture(own_model, PROMPT, keep="resid_pre", layers=0)
 
 
 # -- the page ----------------------------------------------------------------------------------------
@@ -534,7 +527,7 @@ def test_the_examples_of_the_page_run(monkeypatch):
     page = (Path(__file__).parents[1] / "docs" / "activations.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     code = "\n".join(blocks).replace('"Once upon a time there was a little"', str(PROMPT))  # no tokenizer here
-    monkeypatch.setattr(td, "load_model", lambda: make(**GPT2, n_layers=4), raising=False)
+    monkeypatch.setattr(td, "load_model", lambda: random_model(**GPT2, n_layers=4), raising=False)
     names: dict[str, Any] = {}
     exec(code, names)
     assert list(names["acts"].values) == ["z", "post"]

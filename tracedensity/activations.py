@@ -342,8 +342,8 @@ class Activations:
         for dim, axis in enumerate(_AXES[quantity].split()):
             index = rows.get(axis)
             if quantity == "value" and axis == "head" and values.shape[dim] != self.transformer.n_heads:
-                shared = torch.arange(values.shape[dim])[:, None]  # [kv_head, 1]: which one does each head use?
-                kv_heads = self.transformer.per_head(shared)[:, 0].tolist()
+                shared = torch.arange(float(values.shape[dim]))[:, None]  # [kv_head, 1]: which one does each head use?
+                kv_heads = self.transformer.per_head(shared)[:, 0].long().tolist()
                 index = [kv_heads[head] for head in (range(len(kv_heads)) if index is None else index)]
             if index is None or index == list(range(values.shape[dim])):
                 continue
@@ -574,7 +574,7 @@ def capture(
             if name == "attn_scale" and layer in rows:
                 sites[name, layer] = partial(store_scale, layer=layer)
 
-    with torch.no_grad(), transformer.reading(sites):
+    with transformer.reading(sites):
         logits = transformer.logits(tokens[None])[0]
     require_finite(logits, "the logits")
     return Activations(transformer, tokens, logits, tuple(rows), {name: values[name] for name in quantities}, scales)
