@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class HookedModel(Protocol):
     tokenizer: Any
 
     def hooks(self, fwd_hooks: list[tuple[str, Callable[..., Any]]]) -> AbstractContextManager[Any]: ...
-    def to_tokens(self, input: str) -> Tensor: ...
+    def to_tokens(self, input: str, *, truncate: bool = True) -> Tensor: ...
     def __call__(self, input: Tensor, **kwargs: Any) -> Any: ...
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
 
@@ -136,10 +137,11 @@ class Transformer:
                 raise ValueError("`prompt` must hold at least one token, got an empty string.")
             if self.model.tokenizer is None:
                 raise ValueError("`prompt` must be token ids: this model has no tokenizer to read text with.")
-            ids = self.model.to_tokens(prompt)[0]
+            # Truncated, which is TransformerLens' default, it would be another prompt, explained without a word.
+            ids = self.model.to_tokens(prompt, truncate=False)[0]
         else:
-            ids = torch.as_tensor(prompt)
-            if ids.dim() != 1 or ids.is_floating_point():
+            ids = _as_ids(prompt)
+            if ids.numel() and (ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool):
                 raise ValueError(
                     "`prompt` must be text, a list of token ids or a [pos] integer tensor, "
                     f"got {ids.dtype} of shape {list(ids.shape)}."
@@ -236,15 +238,22 @@ class Transformer:
         return _SITES[name].format(layer)
 
     def _edit_hooks(self, edits: Mapping[Site, Edit]) -> list[tuple[str, Callable[..., Any]]]:
-        hooks: list[tuple[str, Callable[..., Any]]] = []
+        sums: list[tuple[str, Callable[..., Any]]] = []
+        values: list[tuple[str, Callable[..., Any]]] = []
+        terms: list[tuple[str, Callable[..., Any]]] = []
         for (name, layer), edit in edits.items():
             if name == "skip_attn":
-                hooks += self._skip_hooks(layer, "resid_pre", "attn_out", "resid_mid", edit)
+                *keep, replace = self._skip_hooks(layer, "resid_pre", "attn_out", "resid_mid", edit)
             elif name == "skip_mlp":
-                hooks += self._skip_hooks(layer, "resid_mid", "mlp_out", "resid_post", edit)
+                *keep, replace = self._skip_hooks(layer, "resid_mid", "mlp_out", "resid_post", edit)
             else:
-                hooks.append((self._hook(name, layer), lambda value, hook, edit=edit: edit(value)))
-        return hooks
+                values.append((self._hook(name, layer), lambda value, hook, edit=edit: edit(value)))
+                continue
+            terms += keep
+            sums.append(replace)
+        # Hooks at one point run in this order, whatever the order of the edits: a sum is made again, then
+        # edited, then kept as a term of the next sum.
+        return [*sums, *values, *terms]
 
     def _skip_hooks(
         self, layer: int, before: str, branch: str, after: str, edit: Edit
@@ -341,16 +350,17 @@ def as_transformer(model: object) -> Transformer:
     """
     if isinstance(model, Transformer):
         return model
-    if isinstance(model, str):
+    if isinstance(model, str | os.PathLike):
         from tracedensity.loading import load_model
 
         model = load_model(model)
-    cfg = getattr(model, "cfg", None)
-    if cfg is None or not hasattr(model, "blocks") or not hasattr(model, "hooks"):
+    # By name: a TransformerBridge looks alike, but edits of its `hook_resid_mid` do not reach the skip connection.
+    if not any(cls.__name__ == "HookedTransformer" for cls in type(model).__mro__):
         raise ValueError(
             "`model` must be a HookedTransformer of TransformerLens or a name for `td.load_model`, "
             f"got {type(model).__name__}."
         )
+    cfg = cast(Any, model).cfg
     if getattr(cfg, "parallel_attn_mlp", False):
         raise ValueError(
             f"`model` must have its MLP after attention, got {cfg.model_name}, where both read the same stream: "
@@ -388,6 +398,16 @@ def require_finite(values: Tensor, quantity: str, layer: int | None = None) -> N
         f"`model` must give finite values, got {bad} NaN or infinite in {quantity} of {where}. "
         "Look at its weights, or load it in float32."
     )
+
+
+def _as_ids(prompt: Sequence[int] | Tensor) -> Tensor:
+    try:
+        return torch.as_tensor(prompt)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            "`prompt` must be text, a list of token ids or a [pos] integer tensor, "
+            f"got a {type(prompt).__name__} that is none of them."
+        ) from error
 
 
 def _norm_after_sublayer(cfg: Any) -> bool:
