@@ -20,10 +20,11 @@ import tracedensity as td
 from tracedensity.choices import FaithfulnessMetric, Metric
 from tracedensity.cli import app, main
 from tracedensity.faithfulness import faithfulness
+from tracedensity.loading import bundled_models, load_model
 from tracedensity.plot import density_page
 
-LETTERS = "abcdefghij "
-PROMPT = "a bad cafe"
+LETTERS = "abcdefghié "
+PROMPT = "a bad café"
 
 
 class Spelling:
@@ -49,7 +50,7 @@ def make(seed: int) -> HookedTransformer:
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
     model.tokenizer = Spelling()  # pyright: ignore
-    model.to_tokens = lambda text: torch.tensor([[LETTERS.index(letter) for letter in text]])  # pyright: ignore
+    model.to_tokens = lambda text, **_: torch.tensor([[LETTERS.index(letter) for letter in text]])  # pyright: ignore
     return model
 
 
@@ -77,6 +78,14 @@ def circuit_file(curve: td.DensityCurve, tmp_path: Path) -> Path:
     path = tmp_path / "circuit.safetensors"
     curve.circuit(faithfulness=0.9).save(path)
     return path
+
+
+@pytest.fixture
+def explained(curve: td.DensityCurve, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The prompts that the command line asks about, each answered with the same curve and no work."""
+    prompts = []
+    monkeypatch.setitem(td.__dict__, "density", lambda model, prompt, **_: prompts.append(prompt) or curve)
+    return prompts
 
 
 def plain(curve: td.DensityCurve) -> dict[str, Any]:
@@ -117,40 +126,42 @@ def test_every_option_reaches_the_library(capsys):
     assert json.loads(capsys.readouterr().out) == plain(expected)
 
 
-def test_the_device_reaches_the_loader(monkeypatch, capsys):
+@pytest.mark.usefixtures("explained")
+def test_the_device_reaches_the_loader(monkeypatch):
     asked = []
     monkeypatch.setitem(td.__dict__, "load_model", lambda **options: asked.append(options) or MODELS["tiny-0"])
-    assert main(["density", PROMPT, "--device", "cpu", "--no-baselines"]) == 0
-    assert main(["density", PROMPT, "--no-baselines"]) == 0
+    assert main(["density", PROMPT, "--device", "cpu"]) == 0
+    assert main(["density", PROMPT]) == 0
     assert asked == [{"device": "cpu"}, {}]
 
 
 @pytest.mark.parametrize("written", [PROMPT, f"{PROMPT}\n"], ids=["as it is", "by echo"])
-def test_the_prompt_may_come_from_standard_input(written, monkeypatch, capsys):
+def test_the_prompt_may_come_from_standard_input(written, explained, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(written))
-    assert main(["density", "-", "--json", "--no-baselines"]) == 0
-    assert json.loads(capsys.readouterr().out)["tokens"] == list(PROMPT)
+    assert main(["density", "-"]) == 0
+    assert explained == [PROMPT]
 
 
 def test_what_is_saved_is_shown_and_verified(curve, tmp_path, capsys):
     curve_file, circuit_file = str(tmp_path / "curve.safetensors"), str(tmp_path / "circuit.safetensors")
-    assert main(["density", PROMPT, "--save", curve_file, "--circuit", circuit_file, "--faithfulness", "0.8"]) == 0
+    assert main(["density", PROMPT, "--save", curve_file, "--circuit", circuit_file, "--faithfulness", "0.99"]) == 0
     assert capsys.readouterr().out == f"{curve!r}\n"
     assert main(["show", curve_file]) == 0
     assert capsys.readouterr().out == f"{curve!r}\n"
     circuit = td.load(circuit_file)
     assert isinstance(circuit, td.Circuit)
-    assert circuit.n_edges == curve.minimal_size(0.8) != curve.minimal_size(0.9)
+    assert circuit.n_edges == curve.minimal_size(0.99) != curve.minimal_size(0.9)
     assert main(["show", circuit_file]) == 0
     assert capsys.readouterr().out == f"{circuit!r}\n"
     assert main(["verify", circuit_file]) == 0
     assert f"the file says {circuit.faithfulness:.6f}: verified." in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("explained")
 def test_pages_are_written_for_results_new_and_saved(curve, circuit_file, tmp_path, capsys):
     page, curve_file = tmp_path / "page.html", tmp_path / "curve.safetensors"
-    assert main(["density", PROMPT, "--html", str(page), "--faithfulness", "0.8"]) == 0
-    assert page.read_text(encoding="utf-8") == density_page(curve, faithfulness=0.8)
+    assert main(["density", PROMPT, "--html", str(page), "--faithfulness", "0.99"]) == 0
+    assert page.read_text(encoding="utf-8") == density_page(curve, faithfulness=0.99)
     curve.save(curve_file)
     assert main(["show", str(curve_file), "--html", str(page)]) == 0
     assert page.read_text(encoding="utf-8") == density_page(curve)
@@ -180,6 +191,7 @@ def test_verify_tells_a_circuit_that_falls_short(claimed_above, code, verdict, c
     assert abs(float(printed.split("faithfulness ")[1].split()[0]) - measured) < 1e-5
 
 
+@pytest.mark.usefixtures("explained")
 def test_other_libraries_are_silent_and_our_own_warnings_are_one_line(monkeypatch, capsys):
     def load_noisily(**_: Any) -> HookedTransformer:
         print("Loaded pretrained model tiny into HookedTransformer")
@@ -188,10 +200,25 @@ def test_other_libraries_are_silent_and_our_own_warnings_are_one_line(monkeypatc
         return MODELS["tiny-0"]
 
     monkeypatch.setitem(td.__dict__, "load_model", load_noisily)
-    assert main(["density", PROMPT, "--json", "--no-baselines"]) == 0
+    assert main(["density", PROMPT, "--json"]) == 0
     printed = capsys.readouterr()
     json.loads(printed.out)
     assert printed.err == "Warning: of interest\n"
+
+
+def test_tokens_that_the_terminal_cannot_show_are_escaped(circuit_file, curve, tmp_path, monkeypatch):
+    curve.save(path := tmp_path / "curve.safetensors")
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="koi8-r"))
+    assert main(["show", str(path)]) == 0
+    assert b"'a bad caf\\xe9'" in written.getvalue()
+
+
+def test_models_are_listed_one_a_line_and_then_what_else_can_be_given(capsys):
+    assert main(["models"]) == 0
+    *listed, other = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed] == list(bundled_models())
+    assert "folder" in other
 
 
 def test_the_version_is_the_package_s(capsys):
@@ -208,14 +235,14 @@ def test_help_is_what_no_command_gives(capsys):
 
 
 def test_help_names_the_defaults_of_the_library():
-    options = {option.name: option for option in typer.main.get_command(app).commands["density"].params}  # pyright: ignore
-    named = []
-    for name, parameter in inspect.signature(td.density).parameters.items():
-        if name in options and isinstance(said := options[name].show_default, str) and name != "model":
-            default = parameter.default
-            assert said == (",".join(f"{each:g}" for each in default) if isinstance(default, tuple) else str(default))
-            named.append(name)
-    assert named == ["method", "family", "thresholds", "metric", "attention", "position", "seed"]
+    options = typer.main.get_command(app).commands["density"].params  # pyright: ignore
+    said = {option.name: option.show_default for option in options if isinstance(option.show_default, str)}
+    defaults = {name: parameter.default for name, parameter in inspect.signature(td.density).parameters.items()}
+    defaults["model"] = inspect.signature(load_model).parameters["name_or_model"].default
+    defaults["thresholds"] = ",".join(f"{each:g}" for each in defaults["thresholds"])
+    assert said.pop("faithfulness") == "0.9"  # a choice of the command line's own
+    assert said == {name: str(defaults[name]) for name in said}
+    assert said.keys() == {"model", "method", "family", "thresholds", "metric", "attention", "position", "seed"}
 
 
 def test_help_names_the_metrics_that_measure_faithfulness():
@@ -303,6 +330,12 @@ def test_a_damaged_circuit_file_is_refused(circuit_file, capsys):
 def test_a_circuit_is_not_verified_on_another_model(circuit_file, capsys):
     assert main(["verify", str(circuit_file), "--model", "tiny-1"]) == 2
     refused(capsys, "must be the one that this was computed on, tiny-0")
+
+
+def test_verifying_needs_the_model_where_the_file_s_name_for_it_says_nothing(circuit_file, monkeypatch, capsys):
+    monkeypatch.delitem(MODELS, "tiny-0")
+    assert main(["verify", str(circuit_file)]) == 2
+    refused(capsys, "Or give the model of the circuit, tiny-0, with `--model`.")
 
 
 def test_a_curve_is_not_verified(curve, tmp_path, capsys):

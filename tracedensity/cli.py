@@ -10,12 +10,15 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import tracedensity as td
 from tracedensity.choices import Attention, FaithfulnessMetric, Family, Method
+
+if TYPE_CHECKING:
+    from tracedensity.graph.circuit import Circuit
 
 SHORTFALL = 1e-4
 """A circuit is verified if it is at most this much less faithful than its file says."""
@@ -41,17 +44,20 @@ DeviceOption = Annotated[
 HtmlOption = Annotated[Path | None, typer.Option(metavar="OUT", help="Write a page with figures to this file.")]
 
 
-@app.callback(invoke_without_command=True)
-def _root(
-    context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
-) -> None:
-    """How much of a language model does one prediction need, which part, and why?"""
-    if version:
+def _print_version(wanted: bool) -> bool:
+    if wanted:
         typer.echo(f"tracedensity {td.__version__}")
         raise typer.Exit
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+    return wanted
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """How much of a language model does one prediction need, which part, and why?"""
 
 
 @app.command()
@@ -166,8 +172,7 @@ def verify(
         circuit = td.load(file)
         if not isinstance(circuit, td.Circuit):
             raise ValueError(f"`CIRCUIT` must be a saved circuit, got {str(file)!r}, a density curve.")
-        name = circuit.provenance.model if model is None else model
-        measured = circuit.verify(td.load_model(name, **_given(device=device))).faithfulness
+        measured = circuit.verify(_model_of(circuit, model, device)).faithfulness
     assert measured is not None
     said = circuit.faithfulness
     line = f"{circuit.n_edges:,} of {circuit.graph.n_edges:,} edges: faithfulness {measured:.6f} ({circuit.metric})"
@@ -185,8 +190,12 @@ def models() -> None:
     """List the models to choose from."""
     from tracedensity.loading import bundled_models
 
-    for name in bundled_models():
-        typer.echo(name)
+    for name, line in bundled_models().items():
+        typer.echo(f"{name:<12}  {line}")
+    typer.echo(
+        "Or the path of a folder in Hugging Face layout, or a TransformerLens model name such as gpt2, "
+        "which is downloaded unless it is cached."
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -195,11 +204,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     What the user can mend is one sentence on standard error and code 2; a bug keeps its traceback.
 
     Args:
-        arguments: The words after the command's name; by default those of this process.
+        arguments: The words after `tracedensity`; by default those of this process. None at all is `--help`.
     """
+    words = sys.argv[1:] if arguments is None else list(arguments)
     command = typer.main.get_command(app)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a token that the terminal cannot show is no error
     try:
-        code = command.main(arguments, prog_name="tracedensity", standalone_mode=False)
+        code = command.main(words or ["--help"], prog_name="tracedensity", standalone_mode=False)
         sys.stdout.flush()
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
@@ -229,6 +241,17 @@ def _refuse(reason: str) -> int:
 def _given(**options: Any) -> dict[str, Any]:
     """The options that were given, so that the defaults of the library hold for the others."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _model_of(circuit: "Circuit", model: str | None, device: str | None) -> object:
+    name = circuit.provenance.model if model is None else model
+    try:
+        return td.load_model(name, **_given(device=device))
+    except (ValueError, OSError) as error:
+        if model is not None:
+            raise
+        # A folder's path is not in the file.
+        raise ValueError(f"{error} Or give the model of the circuit, {name}, with `--model`.") from error
 
 
 def _prompt(argument: str) -> str:
