@@ -1,0 +1,61 @@
+"""The package as a whole: light to import, its names where they belong."""
+
+import pkgutil
+import subprocess
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import tracedensity as td
+
+HEAVY = ("torch", "transformer_lens", "transformers", "plotly", "pandas", "numpy")
+# Some modules are run, not imported.
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(td.__path__, "tracedensity.")
+    if not module.name.endswith("__main__")
+]
+
+
+def run_python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = f"import sys, tracedensity; print([name for name in {HEAVY} if name in sys.modules])"
+    assert run_python(code) == "[]"
+
+
+def test_listing_the_bundled_models_imports_nothing_heavy():
+    code = (
+        "import sys; from tracedensity.loading import bundled_models; bundled_models();"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    assert run_python(code) == "[]"
+
+
+def test_every_public_name_resolves():
+    for name in td.__all__:
+        assert not isinstance(getattr(td, name), ModuleType), name
+    assert set(td.__all__) <= set(dir(td))
+
+
+def test_no_module_takes_the_place_of_a_public_name():
+    for module in MODULES:
+        import_module(module)
+    for name in td.__all__:
+        assert not isinstance(getattr(td, name), ModuleType), name
+
+
+def test_an_unknown_name_says_what_there_is():
+    with pytest.raises(AttributeError, match=r"no attribute 'densty'; it has .*density"):
+        _ = td.densty
+
+
+def test_the_version_is_that_of_the_project():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    assert td.__version__ == project["project"]["version"]
