@@ -386,14 +386,17 @@ def thresholds(shape: Shape, scores: Mapping[Edge, float]) -> list[Edges]:
 
 
 def nucleus(shape: Shape, scores: Mapping[Edge, float], share: float) -> Edges:
-    """Per node the fewest best in-edges that make up a share of the total, of those the ones that reach the output."""
+    """Per node the fewest best in-edges that make up a share of the total, of those the ones that reach the output.
+
+    Where no in-edge has a score, none is better than another: all are kept.
+    """
     kept: list[Edge] = []
     for node in nodes(shape):
         edges = sorted(in_edges(shape, node), key=lambda edge: -scores[edge])
         total = sum(scores[edge] for edge in edges)
         mass = 0.0
         for edge in edges:
-            if mass >= share * total:
+            if total > 0 and mass >= share * total:
                 break
             kept.append(edge)
             mass += scores[edge]

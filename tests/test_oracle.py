@@ -304,6 +304,11 @@ def test_scores_do_not_depend_on_the_workspace(case, workspace):
 def assert_ranked_as_described(scores: td.Scores, shape: Shape) -> None:
     values = by_edge(scores.graph, scores.values)
     edges = oracle.all_edges(shape)
+    for family in ("greedy", "threshold", "nucleus"):  # whatever its size, a circuit holds together
+        reached = {oracle.output(shape)}
+        for edge in order(scores.rank(family)):
+            assert oracle.target(shape, edge) in reached
+            reached.add(oracle.source(shape, edge))
     by_growth = order(scores.rank("greedy"))
     assert by_growth == oracle.greedy(shape, values)
     assert order(scores.rank("top")) == sorted(edges, key=lambda edge: -values[edge])
