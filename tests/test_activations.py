@@ -161,6 +161,16 @@ def test_a_norm_after_attention_is_linearised(original):
     assert last.nbytes == 4 * (7 * 16 + 20 + 7) + 8 * 7  # z, logits, one scale for each position; tokens
 
 
+def test_a_real_llama_reads_text(stories):
+    activations = td.capture(stories, "Once upon a time there was a little")
+    assert activations.texts[1:3] == [" Once", " upon"]
+    _, cache = stories.run_with_cache(activations.tokens[None])
+    for layer in range(5):
+        close(activations.z[layer], cache[f"blocks.{layer}.attn.hook_z"][0])
+        close(activations.get("output", layer=layer).sum(1), activations.attn_out[layer], rtol=1e-4, atol=1e-5)
+        assert activations.mlp(f"m{layer}").norm.shape == (9, 172)
+
+
 # -- parts -------------------------------------------------------------------------------------------
 
 
@@ -371,12 +381,14 @@ def test_the_users_prompt_is_not_shared(tiny_gpt2):
     assert activations.tokens.tolist() == PROMPT
 
 
-def test_print_says_what_is_held():
-    activations = td.capture(
-        random_model(**GPT2, n_layers=4, model_name="tiny"), PROMPT, keep=("z", "post"), layers=[0, 1]
-    )
-    size = 4 * (2 * 7 * (16 + 24) + 20) + 8 * 7
-    assert repr(activations) == f"Activations(tiny: 7 tokens, layers 0-1; z, post; {size / 1000:.3g} kB)"
+@pytest.mark.parametrize(
+    ("layers", "text"), [([2], "layer 2"), ([0, 1], "layers 0-1"), ([0, 1, 3], "layers 0, 1, 3"), (None, "layers 0-3")]
+)
+def test_print_says_what_is_held(layers, text):
+    model = random_model(**GPT2, n_layers=4, model_name="tiny")
+    activations = td.capture(model, PROMPT, keep=("post", "z"), layers=layers)
+    size = 4 * (len(activations.layers) * 7 * (16 + 24) + 20) + 8 * 7
+    assert repr(activations) == f"Activations(tiny: 7 tokens, {text}; z, post; {size / 1000:.3g} kB)"
 
 
 # -- the model comes back as it was -------------------------------------------------------------------
@@ -516,7 +528,7 @@ def test_a_bad_number_after_the_last_layer_is_reported(own_model):
 def test_a_bad_number_is_reported_with_its_layer_whatever_is_kept(own_model, name):
     with torch.no_grad():
         weight(own_model, name)[0, 0] = float("inf")
-    with pytest.raises(ValueError, match=r"NaN or infinite in \w+ of layer 1"):
+    with pytest.raises(ValueError, match=r"NaN or infinite in .* of layer 1"):
         td.capture(own_model, PROMPT, keep="resid_pre", layers=0)
 
 
