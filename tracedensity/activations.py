@@ -11,7 +11,7 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tracedensity.model import Prompt, Site, Transformer, as_transformer, require_finite
+from tracedensity.model import Prompt, Site, Transformer, as_transformer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -45,8 +45,6 @@ _AXES = {
 }
 _SOURCE: dict[str, Quantity] = {"output": "z", "head_norm": "z", "neuron_norm": "post"}
 _SITE_NAMES = {"value": "v"}
-# Queries and keys too: TransformerLens turns a pattern that is NaN into zeros.
-_CHECKED = ("resid_pre", "q", "k", "v", "attn_out", "mlp_out")
 _OF_NEURONS = ("pre", "post")
 _OF_MLPS = (*_OF_NEURONS, "mlp_out")
 
@@ -547,11 +545,7 @@ def capture(
     values: dict[Quantity, Tensor] = {}
     scales: dict[int, Tensor] = {}
 
-    def check(value: Tensor, quantity: str, layer: int) -> None:
-        require_finite(value, quantity, layer)
-
     def store(value: Tensor, quantity: Quantity, layer: int) -> None:
-        check(value, quantity, layer)
         if quantity not in values:  # made once and filled: a list of layers and their stack would be twice the memory
             shape = (len(rows), *value.shape[1:])
             values[quantity] = torch.empty(shape, dtype=value.dtype, device=tokens.device)
@@ -560,23 +554,18 @@ def capture(
     def store_scale(value: Tensor, layer: int) -> None:
         scales[layer] = value[0].to(tokens.device, copy=True)
 
-    # Every layer is checked, kept or not, so that a bad value is reported where it arose.
-    sites: dict[Site, Callable[[Tensor], None]] = {}
-    for layer in range(n_layers):
-        for name in _CHECKED if transformer.has_mlp else _CHECKED[:-1]:
-            sites[name, layer] = partial(check, quantity=name, layer=layer)
+    readers: dict[Site, Callable[[Tensor], None]] = {}
     for layer in rows:
         for quantity in quantities:
             site = (_SITE_NAMES.get(quantity, quantity), layer)
-            sites[site] = partial(store, quantity=quantity, layer=layer)
+            readers[site] = partial(store, quantity=quantity, layer=layer)
     if "z" in quantities:
         for name, layer in transformer.scale_sites:
             if name == "attn_scale" and layer in rows:
-                sites[name, layer] = partial(store_scale, layer=layer)
+                readers[name, layer] = partial(store_scale, layer=layer)
 
-    with transformer.reading(sites):
-        logits = transformer.logits(tokens[None])[0]
-    require_finite(logits, "the logits")
+    with torch.no_grad():
+        logits = transformer.observe(tokens, readers)
     return Activations(transformer, tokens, logits, tuple(rows), {name: values[name] for name in quantities}, scales)
 
 

@@ -196,37 +196,48 @@ class Transformer:
         with self.model.hooks(fwd_hooks=hooks):
             yield
 
+    def observe(
+        self, tokens: Int[Tensor, " pos"], readers: Mapping[Site, Callable[[Tensor], None]]
+    ) -> Float[Tensor, " d_vocab"]:
+        """One plain run on one prompt, in which functions see the values at sites, batch axis and dtype as they are.
+
+        Returns:
+            Logits at the last position, in float32 or better.
+
+        Raises:
+            ValueError: If a value in any layer is NaN or infinite, naming the first one. Queries and keys are
+                looked at too: TransformerLens turns a pattern that is NaN into zeros.
+        """
+
+        def look(value: Tensor, site: Site) -> None:
+            name, layer = site
+            if name in _CHECKED:
+                require_finite(value, _CHECKED[name], layer)
+            if site in readers:
+                readers[site](value)
+
+        checked = [name for name in _CHECKED if self.has_mlp or name != "mlp_out"]
+        sites = [*((name, layer) for layer in range(self.n_layers) for name in checked), *readers]
+        with self.reading({site: partial(look, site=site) for site in sites}):
+            logits = self.logits(tokens[None])[0]
+        require_finite(logits, "the logits")
+        return logits
+
     def run(
         self, tokens: Int[Tensor, " pos"], sites: Sequence[Site] = ()
     ) -> tuple[Float[Tensor, " d_vocab"], dict[Site, Tensor]]:
-        """One plain run on one prompt.
+        """One plain run on one prompt, with the same checks.
 
         Returns:
-            Logits at the last position, and the values at the sites asked for, without batch axis, in
+            Logits at the last position, and the values at the sites asked for, without batch axis, both in
             float32 or better.
-
-        Raises:
-            ValueError: If a value inside the model is NaN or infinite, naming the first layer. Queries and
-                keys are looked at too: TransformerLens turns a pattern that is NaN into zeros.
         """
         held: dict[Site, Tensor] = {}
-        readers: dict[Site, Callable[[Tensor], None]] = {}
 
-        def hold(value: Tensor, site: Site, keep: bool) -> None:
-            if site[0] in _CHECKED:
-                require_finite(value, _CHECKED[site[0]], site[1])
-            if keep:
-                held[site] = _full_precision(value[0])
+        def hold(value: Tensor, site: Site) -> None:
+            held[site] = _full_precision(value[0])
 
-        checked = [(name, layer) for layer in range(self.n_layers) for name in _CHECKED]
-        if not self.has_mlp:
-            checked = [site for site in checked if site[0] != "mlp_out"]
-        for site in dict.fromkeys([*checked, *sites]):
-            readers[site] = partial(hold, site=site, keep=site in sites)
-        with self.reading(readers):
-            logits = self.logits(tokens[None])[0]
-        require_finite(logits, "the logits")
-        return logits, held
+        return self.observe(tokens, {site: partial(hold, site=site) for site in sites}), held
 
     def _hook(self, name: str, layer: int) -> str:
         if name == "final_scale":
