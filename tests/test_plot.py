@@ -362,6 +362,8 @@ def test_percent_has_three_digits_and_no_power_of_ten(share, expected):
         pytest.param("\u202e", r"\u202e", id="what turns text around is spelt out"),
         pytest.param("<s>", "&lt;s&gt;", id="a tag is no tag"),
         pytest.param("$1", "&#36;1", id="a price is no formula"),
+        pytest.param("\"'", "\"'", id="quotation marks have no name that plotly knows"),
+        pytest.param("&lt;", "&amp;lt;", id="what looks escaped is not"),
         pytest.param("abcdefghijklmnopqrst", "abcd…lmnopqrst", id="long tokens lose their middle"),
     ],
 )

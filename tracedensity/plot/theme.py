@@ -86,8 +86,11 @@ def shortened(text: str, length: int) -> str:
 
 
 def label(text: str) -> str:
-    """Text that plotly and browsers show as it is: neither tags nor, in a notebook, ``$...$`` formulas are read."""
-    return html.escape(text).replace("$", "&#36;")
+    """Text that plotly shows as it is: neither tags nor, in a notebook, ``$...$`` formulas are read.
+
+    Quotation marks stay, since plotly does not know their names: use it between tags, never in an attribute.
+    """
+    return html.escape(text, quote=False).replace("$", "&#36;")
 
 
 def percent(share: float) -> str:
