@@ -18,7 +18,8 @@ body {{ font: 15px/1.5 {FONT}; color: {INK}; max-width: 1200px; margin: 0 auto; 
 h1 {{ font-size: 22px; margin: 0 0 8px; }}
 .prompt {{ margin: 0 0 16px; line-height: 2; overflow-wrap: anywhere; }}
 .prompt span {{ background: {FAINT}; border-radius: 3px; padding: 2px 0; margin-right: 2px; white-space: pre-wrap; }}
-.prompt .prediction {{ background: {COLOURS["head"]}; color: white; padding: 0 4px; display: inline-block; line-height: 1.5; }}
+.prompt .prediction {{ background: {COLOURS["head"]}; color: white; padding: 0 4px; }}
+.prompt .prediction {{ display: inline-block; line-height: 1.5; }}
 table {{ border-collapse: collapse; margin: 16px 0; font-variant-numeric: tabular-nums; }}
 th, td {{ text-align: right; padding: 3px 16px 3px 0; border-bottom: 1px solid {FAINT}; font-weight: normal; }}
 th, footer {{ color: {MUTED}; }}
