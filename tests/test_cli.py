@@ -345,7 +345,7 @@ def test_a_curve_is_not_verified(curve, tmp_path, capsys):
     refused(capsys, "must be a saved circuit")
 
 
-def test_a_file_that_cannot_be_written_is_named(monkeypatch, capsys):
+def test_a_file_that_the_system_withholds_is_named(monkeypatch, capsys):
     def load(**_: Any) -> None:
         raise PermissionError(13, "Permission denied", "weights")
 

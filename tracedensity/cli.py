@@ -1,10 +1,8 @@
 """The command line: one command for each of load, density, show and verify; nothing heavy is imported for `--help`."""
 
-import errno
 import io
 import json
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -212,15 +210,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # a token that the terminal cannot show is no error
     try:
         code = command.main(words or ["--help"], prog_name="tracedensity", standalone_mode=False)
-        sys.stdout.flush()
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         hint = "" if context is None else f" Try '{context.command_path} --help'."
         return _refuse(error.format_message().replace("Value error, ", "").rstrip(".") + "." + hint)
     except OSError as error:
-        if error.errno == errno.EPIPE:  # the reader, such as `head`, has gone
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115, or the interpreter complains when it exits
-            return 1
         if error.filename is not None and error.strerror is not None:
             return _refuse(f"{error.filename}: {error.strerror}.")
         return _refuse(str(error))
