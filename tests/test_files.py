@@ -40,6 +40,12 @@ def test_circuit_comes_back_and_verifies(curve, tiny_gpt2, tmp_path):
     assert about["versions"]["torch"] == torch.__version__
 
 
+def test_files_can_be_read_by_whom_the_user_lets(curve, tmp_path):
+    (tmp_path / "other").write_text("")
+    curve.save(tmp_path / "curve.safetensors")
+    assert (tmp_path / "curve.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_circuit_of_another_model_is_refused(curve, tiny_llama):
     with pytest.raises(ValueError, match="must be the one that this was computed on"):
         curve.circuit(faithfulness=0.9).verify(tiny_llama)
@@ -73,10 +79,10 @@ def test_a_failing_save_leaves_the_old_file(curve, tmp_path, monkeypatch):
     curve.save(path)
     before = path.read_bytes()
 
-    def fail(*arguments):
+    def fail(*arguments):  # everything is written by then, beside
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tracedensity.files.save_file", fail)
+    monkeypatch.setattr("tracedensity.files.Path.replace", fail)
     with pytest.raises(KeyboardInterrupt):
         curve.save(path)
     assert path.read_bytes() == before

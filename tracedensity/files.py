@@ -12,7 +12,7 @@ from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from tracedensity.curve import DensityCurve, Points
@@ -84,11 +84,9 @@ def _write(kind: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any], p
     metadata = {"kind": kind, "format": _FORMAT, "versions": _versions(), **about}
     beside = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
-        save_file(
-            {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()},
-            beside,
-            {"tracedensity": json.dumps(metadata)},
-        )
+        # as bytes: a file that safetensors makes itself can be read by its owner only
+        own = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+        beside.write_bytes(save(own, {"tracedensity": json.dumps(metadata)}))
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
