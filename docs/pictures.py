@@ -1,7 +1,6 @@
-"""Make the pictures of the README from real runs of a bundled model.
+"""Make the pictures of the README from real runs of a bundled model: ``python docs/pictures.py``.
 
-    pip install "tracedensity[image]"     # kaleido, which needs a Chrome or Chromium on the machine
-    python docs/pictures.py
+Needs the extra `image`, kaleido, and with it a Chrome or Chromium on the machine.
 """
 
 from pathlib import Path

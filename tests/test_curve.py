@@ -70,6 +70,18 @@ def test_refinement_brackets_every_crossing_to_two_percent(seed):
     assert len(calls) < 12  # a round measures all brackets together
 
 
+def test_all_sizes_make_minimal_sizes_exact(tiny_gpt2):
+    short = PROMPT[:3]
+    n_edges = td.TokenGraph(2, 4, 3).n_edges
+    curve = density(tiny_gpt2, short, sizes=range(n_edges), baselines=False)
+    assert curve.sizes.tolist() == list(range(n_edges + 1))
+    truth = 1 - td.evaluate(tiny_gpt2, short, curve.ranking, range(n_edges + 1)).metrics["tv"]
+    for threshold in curve.thresholds:
+        reached = truth >= threshold - 1e-6
+        assert curve.minimal_size(threshold) == int(reached.nonzero()[0])
+        assert curve.minimal_size(threshold, stable=True) == int((~reached).nonzero()[-1]) + 1
+
+
 def test_points_must_increase_and_be_finite():
     with pytest.raises(ValueError, match="must strictly increase"):
         Points(torch.tensor([1, 1]), torch.tensor([0.5, 0.6]))
@@ -152,6 +164,7 @@ def test_table_and_texts_say_the_same(curve):
         pytest.param({"thresholds": (0.5, 1.2)}, r"`thresholds` must be .* got \[1.2\]", id="threshold above 1"),
         pytest.param({"thresholds": (0.0,)}, r"`thresholds` must be .* got \[0.0\]", id="threshold 0"),
         pytest.param({"thresholds": ()}, "`thresholds` must be .* got none", id="no threshold"),
+        pytest.param({"sizes": [5, 10**6]}, r"`sizes` must be from 0 to .* got \[5, 1000000\]", id="size"),
         pytest.param({"position": 8}, "`position` must be a token of the prompt, from -8 to 7, got 8", id="position"),
     ],
 )

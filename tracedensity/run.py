@@ -13,7 +13,10 @@ from tracedensity.graph.circuit import Circuit
 from tracedensity.model import Transformer, require_finite
 
 CPU_WORKSPACE = 2**28
-"""Bytes that the activations of one batch of circuits may take on a CPU; larger batches are no faster there."""
+"""Bytes that the activations of one batch of circuits may take on a CPU."""
+
+_CPU_CACHED = 2**26  # beyond this, fresh pages for every result cost more than larger batches save
+_CPU_BATCH = 4  # but so many circuits share the reading of large weights
 
 
 @dataclass(frozen=True)
@@ -136,11 +139,11 @@ def bytes_per_circuit(model: Transformer, n_pos: int) -> int:
 
 
 def circuits_per_batch(model: Transformer, n_pos: int) -> int:
-    """How many circuits to run at once: what fits in the free memory of an accelerator, or in `CPU_WORKSPACE`."""
-    workspace = CPU_WORKSPACE
+    """How many circuits to run at once: what fits in the free memory of an accelerator, or suits a CPU."""
+    size = bytes_per_circuit(model, n_pos)
     if model.device.type == "cuda":
-        workspace = torch.cuda.mem_get_info(model.device)[0] // 2
-    return max(1, workspace // bytes_per_circuit(model, n_pos))
+        return max(1, torch.cuda.mem_get_info(model.device)[0] // 2 // size)
+    return max(1, _CPU_CACHED // size, min(_CPU_BATCH, CPU_WORKSPACE // size))
 
 
 class _flushed_denormals:  # noqa: N801

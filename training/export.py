@@ -5,7 +5,7 @@ python -m training.export RUN --model books-gpt2 --valid FILE --out tracedensity
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import torch
 import typer
@@ -72,7 +72,7 @@ def main(
         net = build(model)
         load(run / "checkpoint.safetensors", net, optimizers(net, 1.0))
         folder = out / model
-        net.half().save_pretrained(folder)
+        cast(Any, net).half().save_pretrained(folder)
         config = json.loads((folder / "config.json").read_text())
         if config["model_type"] == "gpt2":
             config["activation_function"] = "gelu_new"  # the same function under the name that all libraries know

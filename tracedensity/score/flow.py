@@ -124,6 +124,11 @@ def _by_dest(per_head: Tensor) -> Tensor:
     return per_head.transpose(0, 1).flatten(1)
 
 
+def _or_one(divisor: Tensor) -> Tensor:
+    """One in place of zero: what is divided by it is zero as well, or a score of a state that is zero."""
+    return divisor.where(divisor > 0, 1.0)
+
+
 # -- norms ---------------------------------------------------------------------------------------
 
 
@@ -146,8 +151,7 @@ def _norm_of_heads(heads: HeadContributions, norm: Callable[[Tensor], Tensor]) -
 def _share(raw: Float[Tensor, "dest edge"], exists: Bool[Tensor, "dest edge"]) -> Float[Tensor, "dest edge"]:
     """Each in-edge's share of the state's total; all zero where the total is."""
     raw = raw.masked_fill(~exists, 0.0)
-    total = raw.sum(1, keepdim=True)
-    return raw / total.where(total > 0, 1.0)
+    return raw / _or_one(raw.sum(1, keepdim=True))
 
 
 def _as_it_is(raw: Float[Tensor, "dest edge"], exists: Bool[Tensor, "dest edge"]) -> Float[Tensor, "dest edge"]:
@@ -204,7 +208,7 @@ def _shifted_share(raw: Float[Tensor, "dest edge"], exists: Bool[Tensor, "dest e
 
 def _cosine(dot: Tensor, lengths: Tensor) -> Tensor:
     """``(1 + cos) / 2`` from dot product and product of lengths; a vector of length zero is taken as orthogonal."""
-    return (1 + dot / lengths.where(lengths > 0, 1.0)) / 2
+    return (1 + dot / _or_one(lengths)) / 2
 
 
 def _cosine_of_heads(heads: HeadContributions, state: Tensor) -> Tensor:
@@ -220,7 +224,9 @@ MEASURES: dict[str, Measure] = {
     "norm": Measure(lambda z, y: _l1(z), lambda heads, y: _norm_of_heads(heads, _l1), _share),
     "norm-l2": Measure(lambda z, y: _l2(z), lambda heads, y: _norm_of_heads(heads, _l2), _share),
     "norm-ratio": Measure(
-        lambda z, y: _l1(z) / _l1(y), lambda heads, y: _norm_of_heads(heads, _l1) / _l1(y)[None, :, None], _as_it_is
+        lambda z, y: _l1(z) / _or_one(_l1(y)),
+        lambda heads, y: _norm_of_heads(heads, _l1) / _or_one(_l1(y))[None, :, None],
+        _as_it_is,
     ),
     "flow": Measure(_proximity, _proximity_of_heads, _clamped_share),
     "flow-shifted": Measure(_proximity, _proximity_of_heads, _shifted_share),

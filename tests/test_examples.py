@@ -1,0 +1,40 @@
+"""What a newcomer copies runs as it stands: the README's lines, and every example as a notebook."""
+
+import re
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def test_lines_of_the_readme_run():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_pictures_of_the_readme_say_what_the_model_says():
+    import tracedensity as td
+
+    curve = td.density(td.load_model("books-llama"), "said the old man, and shook his", baselines=False)
+    claim = re.search(r"(\d+) of ([\d,]+) edges say", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert claim
+    assert curve.n_edges == int(claim[2].replace(",", ""))
+    # another machine's rounding may shift a crossing by an edge or two
+    assert curve.minimal_size(0.9) == pytest.approx(int(claim[1]), abs=2)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs_as_a_notebook(path):
+    notebook = jupytext.read(path)
+    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    nbformat.validate(notebook)
+    assert any("application/vnd.plotly.v1+json" in output.get("data", {}) for output in outputs)
+    assert any("text/html" in output.get("data", {}) for output in outputs)
