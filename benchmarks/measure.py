@@ -1,5 +1,8 @@
 """Time and memory of a call."""
 
+import ctypes
+import gc
+import platform
 import statistics
 import threading
 import time
@@ -44,6 +47,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
         before = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - before
+    _give_back()
     before, peak, done = _resident(), 0, threading.Event()
 
     def watch() -> None:
@@ -65,6 +69,13 @@ def cost(call: Callable[[], object]) -> Cost:
     """Time and memory of a call; memory first, while the allocator holds nothing for it."""
     memory = peak_bytes(call)
     return Cost(median_seconds(call), memory)
+
+
+def _give_back() -> None:
+    """Have the C library return freed memory: what an earlier call left would hide what this one needs."""
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident() -> int:
