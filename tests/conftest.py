@@ -12,6 +12,7 @@ install_import_hook(["tracedensity", "training"], "beartype.beartype")
 
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -70,3 +71,9 @@ def stories() -> HookedTransformer:
     import tracedensity as td
 
     return td.load_model(STORIES, device="cpu")
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As users run the library: the checks of the annotations would refuse an unknown choice before we do."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import jaxtyping
 import pytest
 import torch
 from conftest import random_model
@@ -461,12 +460,6 @@ def test_names_and_indices_are_each_others_inverse(layer, index):
 
 
 # -- bad input ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As users run the library: the checks of the annotations would refuse an unknown choice before we do."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.mark.parametrize(

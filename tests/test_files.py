@@ -69,6 +69,24 @@ def test_damaged_file_gets_one_sentence(curve, tmp_path, damage):
         td.load(path)
 
 
+def test_no_flipped_bit_is_read(curve, tmp_path):
+    path = tmp_path / "curve.safetensors"
+    curve.save(path)
+    content = path.read_bytes()
+    for place in range(0, len(content), max(1, len(content) // 60)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        with pytest.raises(ValueError, match="damaged or something else"):
+            td.load(path)
+
+
+def test_what_is_no_file_gets_one_sentence(curve, tmp_path):
+    with pytest.raises(FileNotFoundError, match="which is a folder"):
+        td.load(tmp_path)
+    for path in (tmp_path / "nowhere" / "curve.safetensors", tmp_path):
+        with pytest.raises(ValueError, match="`path` must be a file in a folder that exists"):
+            curve.save(path)
+
+
 def test_missing_file_gets_one_sentence(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         td.load(tmp_path / "nowhere.safetensors")

@@ -1,5 +1,7 @@
 """The user's model comes back exactly as it was, whatever happens."""
 
+import copy
+
 import pytest
 import torch
 
@@ -108,9 +110,68 @@ def test_weights_that_are_not_finite_name_the_layer(weight, sentence, bad, tiny_
     with torch.no_grad():
         parameter[:] = bad
     try:
-        for call in (td.attribute, td.density, td.capture):
-            with pytest.raises(ValueError, match=f"must give finite values, got .* NaN or infinite in {sentence}"):
+        where = f"{weight[9:]} of layer {weight[7]}" if weight.startswith("blocks") else weight
+        for call in (td.attribute, td.density):
+            with pytest.raises(ValueError, match=f"must have finite weights, got NaN or infinite in {where}"):
                 call(tiny_gpt2, PROMPT)
+        with pytest.raises(ValueError, match=f"must give finite values, got .* NaN or infinite in {sentence}"):
+            td.capture(tiny_gpt2, PROMPT)
     finally:
         with torch.no_grad():
             parameter.copy_(kept)
+
+
+def test_attention_that_overflows_is_no_silent_zero(tiny_model):
+    """Queries and keys are finite and their product is not: TransformerLens makes zeros of such a pattern."""
+    model = copy.deepcopy(tiny_model)
+    with torch.no_grad():
+        model.blocks[1].attn.W_Q *= 1e20
+        (model.blocks[1].attn._W_K if hasattr(model.blocks[1].attn, "_W_K") else model.blocks[1].attn.W_K).mul_(1e20)
+    for call in (td.attribute, td.density, td.capture):
+        with pytest.raises(ValueError, match="NaN or infinite in the attention scores of layer 1"):
+            call(model, PROMPT)
+
+
+@pytest.mark.parametrize(
+    "hook_point",
+    ["blocks.0.hook_resid_pre", "blocks.0.hook_resid_mid", "blocks.0.hook_resid_post", "blocks.1.hook_mlp_out"],
+)
+def test_what_hooks_of_the_user_add_stays_in_every_circuit(tiny_gpt2, hook_point):
+    """A steering vector: the model with it is the model that is explained."""
+    vector = torch.linspace(-1, 1, 16)
+    ranking = td.attribute(tiny_gpt2, PROMPT).rank()
+    plain = td.evaluate(tiny_gpt2, PROMPT, ranking, [40])
+    tiny_gpt2.add_hook(f"blocks.{point}", lambda value, hook: value + vector)
+    try:
+        steered = td.evaluate(tiny_gpt2, PROMPT, ranking, [40, ranking.n_edges])
+        assert steered.metrics["tv"][1] == pytest.approx(0.0, abs=1e-6)
+        assert steered.metrics["tv"][0] != pytest.approx(float(plain.metrics["tv"][0]), abs=1e-4)
+    finally:
+        tiny_gpt2.reset_hooks()
+
+
+@pytest.mark.parametrize("flag", ["attn_result", "split_qkv_input", "hook_mlp_in", "ungroup_grouped_query_attention"])
+def test_flags_of_the_user_change_no_number(tiny_llama, flag):
+    plain = td.density(tiny_llama, PROMPT, baselines=False).to_dict()
+    name = f"set_{flag}" if flag.startswith("ungroup") else f"set_use_{flag}"
+    getattr(tiny_llama, name)(True)
+    try:
+        flagged = td.density(tiny_llama, PROMPT, baselines=False).to_dict()
+        assert flagged["minimal_size"].keys() == plain["minimal_size"].keys()
+        assert flagged["auc"] == pytest.approx(plain["auc"], abs=1e-4)
+    finally:
+        getattr(tiny_llama, name)(False)
+
+
+def test_any_edit_makes_another_model(tiny_gpt2):
+    circuit = td.density(tiny_gpt2, PROMPT, baselines=False).circuit(faithfulness=0.8)
+    circuit.verify(copy.deepcopy(tiny_gpt2))
+    circuit.verify(copy.deepcopy(tiny_gpt2).to(torch.float64))
+    edited = copy.deepcopy(tiny_gpt2)
+    edited.blocks[0].mlp.W_out.data[3] = 0
+    rounded = copy.deepcopy(tiny_gpt2).to(torch.bfloat16)
+    other_scale = copy.deepcopy(tiny_gpt2)
+    other_scale.cfg.attn_scale = 1.0
+    for model in (edited, rounded, other_scale):
+        with pytest.raises(ValueError, match="makes another model"):
+            circuit.verify(model)

@@ -4,6 +4,7 @@ import html
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import index
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tracedensity.choices import Attention, FaithfulnessMetric, Family, Method
-from tracedensity.evaluation import paper_sizes
+from tracedensity.evaluation import Sizes, as_sizes, paper_sizes, require_options
 from tracedensity.extract import Ranking, rank_edges
 from tracedensity.faithfulness import METRICS, entropy, faithfulness
 from tracedensity.graph.circuit import Circuit
@@ -52,6 +53,8 @@ class Points:
         if not (finite := self.faithfulness.isfinite()).all():
             bad = self.sizes[~finite].tolist()
             raise ValueError(f"`faithfulness` must be finite, got NaN or infinity at sizes {bad}.")
+        if len(self.sizes) != len(self.faithfulness) or not len(self.sizes):
+            raise ValueError(f"`faithfulness` must have one entry per size, got {len(self.faithfulness)}.")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -76,7 +79,7 @@ class DensityCurve(Points):
 
     ranking: Ranking
     thresholds: tuple[float, ...]
-    metric: FaithfulnessMetric
+    metric: FaithfulnessMetric | str
     conditions: Conditions
     entropy: float
     top_token: int
@@ -84,6 +87,11 @@ class DensityCurve(Points):
     top_probability: float
     random: Points | None = None
     inverse: Points | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sizes[0] < 0 or self.sizes[-1] != self.n_edges:
+            raise ValueError(f"`sizes` must be from 0 up to all {self.n_edges} edges, got {self.sizes.tolist()}.")
 
     @property
     def provenance(self) -> Provenance:
@@ -124,7 +132,7 @@ class DensityCurve(Points):
         reached[-1] = True  # the whole graph is the model
         return reached
 
-    def minimal_size(self, threshold: float, stable: bool = False) -> int:
+    def minimal_size(self, threshold: float | int, stable: bool = False) -> int:
         """Size of the smallest circuit that reaches a faithfulness.
 
         An upper bound on the true minimum: only circuits of this family are considered, and of these only
@@ -144,12 +152,14 @@ class DensityCurve(Points):
             ValueError: If the threshold is outside (0, 1].
         """
         _require_thresholds((threshold,))
-        reached = self._reaches(threshold)
+        reached = self._reaches(float(threshold))
         if stable:  # from the largest circuit down, up to the first failure
             reached = reached.flip(0).cumprod(0).flip(0).bool()
         return int(self.sizes[reached][0])
 
-    def circuit(self, *, faithfulness: float | None = None, size: int | None = None, stable: bool = False) -> Circuit:
+    def circuit(
+        self, *, faithfulness: float | int | None = None, size: int | None = None, stable: bool = False
+    ) -> Circuit:
         """A circuit of the family: the smallest that is faithful enough, or one of a given size.
 
         Args:
@@ -165,6 +175,7 @@ class DensityCurve(Points):
         if size is None:
             assert faithfulness is not None
             size = self.minimal_size(faithfulness, stable)
+        size = index(size)
         where = torch.searchsorted(self.sizes, size)
         measured = None
         if where < len(self.sizes) and self.sizes[where] == size:
@@ -223,7 +234,7 @@ class DensityCurve(Points):
             "sizes": self.sizes.tolist(),
             "faithfulness": self.faithfulness.tolist(),
             "minimal_size": {
-                f"{row['threshold']:g}": {
+                _plain(row["threshold"]): {
                     "first": row["size"],
                     "stable": row["stable_size"],
                     "fraction": row["fraction"],
@@ -262,14 +273,13 @@ class DensityCurve(Points):
         lines = [f"DensityCurve: {self.provenance}", f"{self.provenance.prompt!r}", self.summary(), ""]
         lines.append(f"{'faithfulness':>12}{'minimal circuit':>18}{'share':>9}{'stable from':>14}")
         for row in self._rows():
-            lines.append(
-                f"{row['threshold']:>12g}{row['size']:>12,} edges{row['fraction']:>9.2%}{row['stable_size']:>14,}"
-            )
+            name, size, fraction, stable = (row[k] for k in ("threshold", "size", "fraction", "stable_size"))
+            lines.append(f"{_plain(name):>12}{size:>12,} edges{fraction:>9.2%}{stable:>14,}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         rows = "".join(
-            f"<tr><td>{row['threshold']:g}</td><td>{row['size']:,}</td><td>{row['fraction']:.2%}</td>"
+            f"<tr><td>{_plain(row['threshold'])}</td><td>{row['size']:,}</td><td>{row['fraction']:.2%}</td>"
             f"<td>{row['stable_size']:,}</td></tr>"
             for row in self._rows()
         )
@@ -285,15 +295,15 @@ def density(
     model: object,
     prompt: Prompt,
     *,
-    graph: Literal["token"] = "token",
-    method: Method = "norm",
-    family: Family = "greedy",
-    thresholds: Sequence[float] = THRESHOLDS,
-    metric: FaithfulnessMetric = "tv",
-    ablation: Literal["zero"] = "zero",
+    graph: Literal["token"] | str = "token",
+    method: Method | str = "norm",
+    family: Family | str = "greedy",
+    thresholds: Sequence[float | int] = THRESHOLDS,
+    metric: FaithfulnessMetric | str = "tv",
+    ablation: Literal["zero"] | str = "zero",
     keep_residual: bool = False,
-    attention: Attention = "masked",
-    sizes: Sequence[int] | Int[Tensor, " circuit"] = (),
+    attention: Attention | str = "masked",
+    sizes: Sizes = (),
     baselines: bool = True,
     position: int = -1,
     seed: int = 0,
@@ -328,13 +338,10 @@ def density(
     Raises:
         ValueError: If an argument is not as described, or a value inside the model is not finite.
     """
+    _require_thresholds(tuple(thresholds))
     thresholds = tuple(sorted({float(threshold) for threshold in thresholds}))
-    _require_thresholds(thresholds)
     faithfulness(metric, torch.zeros(1))  # refuse a wrong name before the work
-    if ablation != "zero":
-        raise ValueError(f"`ablation` must be 'zero' on the token graph, got {ablation!r}.")
-    if attention not in ("masked", "open"):
-        raise ValueError(f"`attention` must be 'masked' or 'open', got {attention!r}.")
+    require_options(ablation, attention, batch_size)
     transformer = as_transformer(model)
     tokens = transformer.tokens(prompt, position)
     scores = attribute(transformer, tokens, graph=graph, method=method, seed=seed)
@@ -347,12 +354,11 @@ def density(
         return faithfulness(metric, METRICS[metric](full, logits, top)).cpu()
 
     conditions = Conditions(keep_residual=keep_residual, attention=attention)
-    more = torch.as_tensor(sizes).long()
-    if ((more < 0) | (more > ranking.n_edges)).any():
-        raise ValueError(f"`sizes` must be from 0 to {ranking.n_edges}, the edges of the graph, got {list(sizes)[:9]}.")
+    more = as_sizes(sizes, ranking.n_edges)
     grid = paper_sizes(ranking.n_edges).unique()
     known = _refined(lambda sizes: measure(ranking, sizes, conditions), torch.cat([grid, more]).unique(), thresholds)
-    if known.faithfulness[-1] < 1 - 1e-2:
+    allowed = 1e-4 if transformer.dtype in (torch.float32, torch.float64) else 1e-2
+    if known.faithfulness[-1] < 1 - allowed:
         raise ValueError(
             f"`model` must be reproduced by the circuit of all edges, got a faithfulness of "
             f"{known.faithfulness[-1]:.4f}: {transformer.name} computes something the token graph does not describe."
@@ -408,7 +414,12 @@ def _refined(measure: Callable[[Tensor], Tensor], grid: Int[Tensor, " point"], t
         known |= dict(zip(more.tolist(), measure(more).tolist(), strict=True))
 
 
-def _require_thresholds(thresholds: tuple[float, ...]) -> None:
-    bad = [threshold for threshold in thresholds if not 0 < threshold <= 1]
+def _plain(threshold: float) -> str:
+    """All digits of a threshold, and no others: 0.9, 1."""
+    return repr(threshold).removesuffix(".0")
+
+
+def _require_thresholds(thresholds: tuple[float | int, ...]) -> None:
+    bad = [each for each in thresholds if not isinstance(each, float | int) or not 0 < each <= 1]
     if bad or not thresholds:
         raise ValueError(f"`thresholds` must be faithfulnesses above 0 and at most 1, got {bad or 'none'}.")

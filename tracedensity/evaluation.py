@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, SupportsIndex, TypeAlias, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -20,6 +21,9 @@ from tracedensity.run import Conditions, run_circuits, run_family
 if TYPE_CHECKING:
     import pandas as pd
 
+Sizes: TypeAlias = Sequence[SupportsIndex] | Sequence[float] | Tensor | np.ndarray
+"""Numbers of edges."""
+
 RELATIVE_SIZES = (
     1e-5, 2e-5, 4e-5, 8e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1e-3, 1.2e-3, 1.4e-3, 2e-3, 3e-3, 4e-3, 6e-3, 8e-3,
     1e-2, 2e-2, 4e-2, 6e-2, 8e-2, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0,
@@ -30,6 +34,26 @@ RELATIVE_SIZES = (
 def paper_sizes(n_edges: int) -> Int[Tensor, " circuit"]:
     """`RELATIVE_SIZES` as numbers of edges, rounded down as in the papers; small graphs repeat sizes."""
     return torch.tensor([int(share * n_edges) for share in RELATIVE_SIZES])
+
+
+def as_sizes(sizes: Sizes, n_edges: int) -> Int[Tensor, " circuit"]:
+    """Numbers of edges, checked.
+
+    Raises:
+        ValueError: If they are no whole numbers from 0 to the edges of the graph.
+    """
+    numbers = torch.as_tensor(list(sizes) if isinstance(sizes, range) else sizes)
+    if not numbers.numel():
+        return torch.empty(0, dtype=torch.long)
+    if numbers.dim() != 1 or numbers.is_floating_point() or numbers.dtype == torch.bool:
+        raise ValueError(
+            "`sizes` must be a list of whole numbers of edges; for shares of the graph, give "
+            f"[int(share * {n_edges}) for share in ...]."
+        )
+    if int(numbers.min()) < 0 or int(numbers.max()) > n_edges:
+        bad = numbers[(numbers < 0) | (numbers > n_edges)][:5].tolist()
+        raise ValueError(f"`sizes` must be from 0 to {n_edges}, the edges of the graph, got {bad}.")
+    return numbers.long()
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,13 +86,13 @@ def evaluate(
     model: object,
     prompt: Prompt,
     ranking_or_circuit: Ranking | Circuit | Sequence[Circuit],
-    sizes: Sequence[int] | Int[Tensor, " circuit"] | None = None,
+    sizes: Sizes | None = None,
     *,
-    ablation: Literal["zero"] = "zero",
-    metrics: tuple[Metric, ...] = ("tv", "kl", "top1"),
+    ablation: Literal["zero"] | str = "zero",
+    metrics: Metric | str | Sequence[Metric | str] = ("tv", "kl", "top1"),
     inverse: bool = False,
     keep_residual: bool | None = None,
-    attention: Attention | None = None,
+    attention: Attention | str | None = None,
     position: int = -1,
     target: int | None = None,
     batch_size: int | None = None,
@@ -77,6 +101,9 @@ def evaluate(
 
     All circuits go through the model together, as many per forward pass as memory allows. An absent edge
     adds nothing (zero ablation); everything else is computed anew from the masked stream.
+
+    Nothing asks that it be the model or the prompt that was scored, as long as the graph is the same: so a circuit
+    can be tried on another checkpoint or prompt. `Circuit.verify` does ask.
 
     Args:
         model: A HookedTransformer, or a name for `load_model`.
@@ -100,40 +127,55 @@ def evaluate(
     Raises:
         ValueError: If an argument is not as described, or a value inside the model is not finite.
     """
-    require_metrics(tuple(metrics))
-    if ablation != "zero":
-        raise ValueError(f"`ablation` must be 'zero' on the token graph, got {ablation!r}.")
-    if attention not in (None, "masked", "open"):
-        raise ValueError(f"`attention` must be 'masked' or 'open', got {attention!r}.")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    require_metrics(names)
+    require_options(ablation, attention, batch_size)
     transformer = as_transformer(model)
     tokens = transformer.tokens(prompt, position)
-    circuits = [ranking_or_circuit] if isinstance(ranking_or_circuit, Circuit) else ranking_or_circuit
-    graph = circuits.graph if isinstance(circuits, Ranking) else circuits[0].graph
+    if isinstance(ranking_or_circuit, Ranking):
+        ranking, circuits = ranking_or_circuit, []
+        graph = ranking.graph
+    else:
+        ranking = None
+        circuits = [ranking_or_circuit] if isinstance(ranking_or_circuit, Circuit) else list(ranking_or_circuit)
+        _require_circuits(circuits)
+        graph = circuits[0].graph
     _require_fit(graph, transformer, len(tokens))
     if target is not None and not 0 <= target < transformer.d_vocab:
         raise ValueError(f"`target` must be a token id from 0 to {transformer.d_vocab - 1}, got {target}.")
+    if ranking is None and sizes is not None:
+        raise ValueError("`sizes` must be left out for circuits, which have their own.")
     full, _ = transformer.run(tokens)
-    if isinstance(circuits, Ranking):
-        numbers = paper_sizes(graph.n_edges) if sizes is None else torch.as_tensor(sizes).long()
-        if ((numbers < 0) | (numbers > graph.n_edges)).any():
-            raise ValueError(f"`sizes` must be from 0 to {graph.n_edges}, the edges of the graph, got {sizes}.")
+    if ranking is not None:
+        numbers = paper_sizes(graph.n_edges) if sizes is None else as_sizes(sizes, graph.n_edges)
         conditions = Conditions(inverse, bool(keep_residual), attention or "masked")
-        logits = run_family(transformer, graph, tokens, circuits.rank, numbers, conditions, batch_size)
+        logits = run_family(transformer, graph, tokens, ranking.rank, numbers, conditions, batch_size)
     else:
-        if sizes is not None:
-            raise ValueError("`sizes` must be left out for circuits, which have their own.")
         numbers = torch.tensor([circuit.n_edges for circuit in circuits])
-        conditions = Conditions(
-            inverse,
-            circuits[0].keep_residual if keep_residual is None else keep_residual,
-            attention or circuits[0].attention,
-        )
-        logits = run_circuits(transformer, tokens, list(circuits), conditions, batch_size)
+        keeps = circuits[0].keep_residual if keep_residual is None else keep_residual
+        conditions = Conditions(inverse, keeps, attention or circuits[0].attention)
+        logits = run_circuits(transformer, tokens, circuits, conditions, batch_size)
     token = int(full.argmax()) if target is None else target
-    values = {name: METRICS[name](full, logits, token).cpu() for name in metrics}
+    values = {name: METRICS[name](full, logits, token).cpu() for name in names}
     return Evaluation(numbers, values, graph.n_edges)
+
+
+def require_options(ablation: str, attention: str | None, batch_size: int | None) -> None:
+    """Raise a ValueError if an option of running circuits is not one that there is."""
+    if ablation != "zero":
+        raise ValueError(f"`ablation` must be 'zero' on the token graph, got {ablation!r}.")
+    if attention not in (None, *get_args(Attention)):
+        raise ValueError(f"`attention` must be one of {list(get_args(Attention))}, got {attention!r}.")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+
+
+def _require_circuits(circuits: list[Circuit]) -> None:
+    if not circuits or not all(isinstance(circuit, Circuit) for circuit in circuits):
+        got = type(circuits[0]).__name__ if circuits else "an empty list"
+        raise ValueError(f"`ranking_or_circuit` must be a ranking, a circuit or a list of circuits, got {got}.")
+    if len({(circuit.keep_residual, circuit.attention) for circuit in circuits}) > 1:
+        raise ValueError("`ranking_or_circuit` must be circuits that are all run the same way, got different ones.")
 
 
 def _require_fit(graph: Graph, transformer: Transformer, n_pos: int) -> None:

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import get_args
+from operator import index
+from typing import SupportsIndex, get_args
 
 import numpy as np
 import torch
@@ -42,12 +43,13 @@ class Ranking:
         """The first `size` edges, as one boolean tensor per kind."""
         return {kind: (rank >= 0) & (rank < size) for kind, rank in self.rank.items()}
 
-    def circuit(self, size: int) -> Circuit:
+    def circuit(self, size: SupportsIndex) -> Circuit:
         """The circuit of the first `size` edges.
 
         Raises:
             ValueError: If the graph has fewer edges.
         """
+        size = index(size)
         if not 0 <= size <= self.n_edges:
             raise ValueError(f"`size` must be a number of edges from 0 to {self.n_edges}, got {size}.")
         return Circuit(self.graph, self.kept(size), self.provenance)
@@ -57,7 +59,7 @@ class Ranking:
 
 
 def rank_edges(
-    graph: Graph, scores: Mapping[str, Float[Tensor, "..."]], family: Family, provenance: Provenance
+    graph: Graph, scores: Mapping[str, Float[Tensor, "..."]], family: Family | str, provenance: Provenance
 ) -> Ranking:
     """Order all edges by their scores, higher first.
 
@@ -88,7 +90,10 @@ def rank_edges(
             f"`scores` must be finite, got {int((~flat.isfinite()).sum())} NaN or infinite of {len(flat)}."
         )
     if family == "nucleus" and (flat < 0).any():
-        raise ValueError("`scores` cannot be negative for the family 'nucleus', which sums them up to shares.")
+        raise ValueError(
+            f"`scores` cannot be negative for the family 'nucleus', which sums them up to shares; "
+            f"rank those of method {provenance.method!r} by 'greedy' or 'top'."
+        )
     weight = flat.double().numpy()
     order, sizes = _ORDERS[family](graph.edges, weight)
     rank = np.empty(len(order), dtype=np.int32)

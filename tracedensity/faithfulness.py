@@ -91,7 +91,7 @@ _FAITHFULNESS: dict[str, Callable[[Tensor], Tensor]] = {
     "js": lambda value: 1 - value / torch.tensor(2.0).log(),
     "kl": lambda value: (-value).exp(),
     "top1": lambda value: value,
-    "nucleus": lambda value: value,
+    "nucleus": lambda value: value / NUCLEI[-1],
 }
 
 
@@ -105,7 +105,8 @@ def require_metrics(names: tuple[str, ...]) -> None:
 def faithfulness(metric: str, values: Float[Tensor, " circuit"]) -> Float[Tensor, " circuit"]:
     """A metric's values as shares of the model's prediction that are kept, 1 being all.
 
-    ``1 - TV``; ``1 - JS / ln 2``; ``exp(-KL)``; top-1 agreement and nucleus recovery as they are.
+    ``1 - TV``; ``1 - JS / ln 2``; ``exp(-KL)``; top-1 agreement as it is; nucleus recovery over the
+    largest mass that is looked at, 0.99.
 
     Raises:
         ValueError: If the metric is no measure of faithfulness.

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
+from typing import Any, Protocol, SupportsIndex, TypeAlias, cast, runtime_checkable
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-Prompt: TypeAlias = str | Sequence[int] | Tensor
+Prompt: TypeAlias = str | Sequence[SupportsIndex] | Tensor | np.ndarray
 """One prompt: text, a list of token ids, or a tensor of them."""
 
 Edit: TypeAlias = Callable[[Tensor], Tensor]
@@ -43,9 +44,16 @@ _CHECKED = {
     "q": "the queries",
     "k": "the keys",
     "v": "the values",
+    "pattern": "the attention pattern",
     "attn_out": "the attention output",
     "mlp_out": "the MLP output",
 }
+
+# What changes the outputs of a model beside its weights and its shape.
+_BEHAVIOUR = (
+    "normalization_type", "act_fn", "eps", "use_attn_scale", "attn_scale", "attn_scores_soft_cap",
+    "output_logits_soft_cap", "positional_embedding_type", "rotary_base", "rotary_dim", "window_size", "attn_types",
+)  # fmt: skip
 
 
 @runtime_checkable  # so that test runs can check annotations
@@ -205,13 +213,14 @@ class Transformer:
             Logits at the last position, in float32 or better.
 
         Raises:
-            ValueError: If a value in any layer is NaN or infinite, naming the first one. Queries and keys are
-                looked at too: TransformerLens turns a pattern that is NaN into zeros.
+            ValueError: If a value in any layer is NaN or infinite, naming the first one.
         """
 
         def look(value: Tensor, site: Site) -> None:
             name, layer = site
-            if name in _CHECKED:
+            if name == "pattern":
+                _require_attention(value, layer)
+            elif name in _CHECKED:
                 require_finite(value, _CHECKED[name], layer)
             if site in readers:
                 readers[site](value)
@@ -258,7 +267,7 @@ class Transformer:
             elif name == "skip_mlp":
                 *keep, replace = self._skip_hooks(layer, "resid_mid", "mlp_out", "resid_post", edit)
             else:
-                values.append((self._hook(name, layer), lambda value, hook, edit=edit: edit(value)))
+                values.append((self._hook(name, layer), partial(_edited, edit=edit, name=name, layer=layer)))
                 continue
             terms += keep
             sums.append(replace)
@@ -279,7 +288,11 @@ class Transformer:
             terms[name] = value
 
         def replace(value: Tensor, hook: object) -> Tensor:
-            return edit(terms.pop("skip")) + terms.pop("branch")
+            skip, branch = terms.pop("skip"), terms.pop("branch")
+            if (edited := edit(skip)) is skip:
+                return value
+            by_user = value - (skip + branch)  # zero, unless a hook of the user's has changed the sum before us
+            return edited + branch + by_user
 
         return [
             (self._hook(before, layer), partial(keep, name="skip")),
@@ -300,9 +313,9 @@ class Transformer:
             raise ValueError(f"Neurons of {self.name} cannot be told apart: layer {layer} is no plain MLP (experts?).")
         return _full_precision(weight.detach())
 
-    def per_head(self, values: Float[Tensor, "*pos kv_head d_head"]) -> Float[Tensor, "*pos head d_head"]:
-        """Keys or values repeated for the query heads that share them."""
-        return values.repeat_interleave(self.n_heads // self.n_kv_heads, dim=-2)
+    def per_head(self, values: Shaped[Tensor, "*pos kv_head d_head"]) -> Shaped[Tensor, "*pos head d_head"]:
+        """Keys or values, repeated for the query heads that share them unless they are already."""
+        return values.repeat_interleave(self.n_heads // values.shape[-2], dim=-2)
 
     @property
     def scale_sites(self) -> list[Site]:
@@ -336,17 +349,27 @@ class Transformer:
         return ""
 
     def fingerprint(self) -> str:
-        """A short hash of the architecture and of samples of every weight: the same model, or another.
+        """A short hash of the architecture and of all weights: the same model, or another.
 
-        Folded weights are another model: their contributions to the stream are other vectors.
+        It is made of the float32 values, so that a model is the same after it was converted to a wider type.
+        Folded weights are another model: their contributions to the stream are other vectors. Looking through
+        all weights takes about as long as a forward pass on a short prompt; nothing cheaper notices every edit.
+
+        Raises:
+            ValueError: If a weight is NaN or infinite, naming the first.
         """
         digest = hashlib.sha256()
         shape = (self.n_layers, self.n_heads, self.n_kv_heads, self.d_model, self.d_mlp, self.d_vocab)
-        digest.update(json.dumps([*shape, str(self.model.cfg.normalization_type)]).encode())
+        behaviour = [str(getattr(self.model.cfg, name, None)) for name in _BEHAVIOUR]
+        digest.update(json.dumps([*shape, *behaviour]).encode())
         for name, parameter in self.model.named_parameters():
-            flat = parameter.detach().flatten()
+            flat = parameter.detach().flatten().float()
+            if not flat.sum().isfinite() and not flat.isfinite().all():
+                raise ValueError(f"`model` must have finite weights, got NaN or infinite in {_weight_name(name)}.")
+            # sums of integers do not depend on the order in which a machine adds them up
+            total = int(flat.view(torch.int32).sum())
             sample = flat[:: max(1, len(flat) // 16)][:17]
-            digest.update(name.encode() + sample.float().cpu().numpy().tobytes())
+            digest.update(f"{name} {total}".encode() + sample.cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
 
@@ -411,7 +434,22 @@ def require_finite(values: Tensor, quantity: str, layer: int | None = None) -> N
     )
 
 
-def _as_ids(prompt: Sequence[int] | Tensor) -> Tensor:
+def _edited(value: Tensor, hook: object, edit: Edit, name: str, layer: int) -> Tensor:
+    if name == "pattern":
+        _require_attention(value, layer)
+    return edit(value)
+
+
+def _require_attention(pattern: Float[Tensor, "batch head dest src"], layer: int) -> None:
+    """Raise a ValueError if a token attends to nothing: TransformerLens makes zeros of a softmax that is NaN."""
+    if not (pattern.sum(-1) > 0).all():
+        raise ValueError(
+            f"`model` must give finite values, got NaN or infinite in the attention scores of layer {layer} "
+            "(queries times keys). Look at its weights, or load it in float32."
+        )
+
+
+def _as_ids(prompt: Sequence[SupportsIndex] | Tensor | np.ndarray) -> Tensor:
     try:
         return torch.as_tensor(prompt)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -419,6 +457,12 @@ def _as_ids(prompt: Sequence[int] | Tensor) -> Tensor:
             "`prompt` must be text, a list of token ids or a [pos] integer tensor, "
             f"got a {type(prompt).__name__} that is none of them."
         ) from error
+
+
+def _weight_name(parameter: str) -> str:
+    """Where a parameter is, in words."""
+    parts = parameter.split(".", 2)
+    return f"{parts[2]} of layer {parts[1]}" if parts[0] == "blocks" else parameter
 
 
 def _norm_after_sublayer(cfg: Any) -> bool:

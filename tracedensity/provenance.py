@@ -60,7 +60,8 @@ class Provenance:
         if (fingerprint := model.fingerprint()) != self.fingerprint:
             raise ValueError(
                 f"`model` must be the one that this was computed on, {self.model} ({self.fingerprint}), "
-                f"got {model.name} ({fingerprint}). Folding or editing weights makes another model."
+                f"got {model.name} ({fingerprint}, {str(model.dtype).removeprefix('torch.')}). "
+                "Folding, editing or rounding weights makes another model."
             )
 
     def __str__(self) -> str:

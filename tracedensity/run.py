@@ -32,7 +32,7 @@ class Conditions:
 
     inverse: bool = False
     keep_residual: bool = False
-    attention: Attention = "masked"
+    attention: Attention | str = "masked"
 
     def keeps_all(self, kind: str) -> bool:
         """Whether no edge of a kind is ever ablated."""

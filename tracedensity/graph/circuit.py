@@ -38,8 +38,8 @@ class Circuit:
     provenance: Provenance
     ablation: str = "zero"
     keep_residual: bool = False
-    attention: Attention = "masked"
-    metric: FaithfulnessMetric = "tv"
+    attention: Attention | str = "masked"
+    metric: FaithfulnessMetric | str = "tv"
     faithfulness: float | None = None
 
     def __post_init__(self) -> None:

@@ -40,13 +40,16 @@ class Scores:
         """Which entries of `values` are edges."""
         return self.graph.exists
 
-    def rank(self, family: Family = "greedy") -> Ranking:
+    def rank(self, family: Family | str = "greedy") -> Ranking:
         """The order in which the edges enter a circuit; see `tracedensity.extract.rank_edges`."""
         return rank_edges(self.graph, self.values, family, self.provenance)
 
     def top(self, k: int = 20) -> "pd.DataFrame":
         """The `k` edges with the highest scores: name, kind, score."""
         import pandas as pd
+
+        if k < 1:
+            raise ValueError(f"`k` must be at least 1, got {k}.")
 
         flat = flatten(self.graph, self.values)
         best = flat.topk(min(k, len(flat)))
@@ -62,8 +65,8 @@ def attribute(
     model: object,
     prompt: Prompt,
     *,
-    graph: Literal["token"] = "token",
-    method: Method = "norm",
+    graph: Literal["token"] | str = "token",
+    method: Method | str = "norm",
     position: int = -1,
     seed: int = 0,
     workspace: int = 2**22,
@@ -100,6 +103,8 @@ def attribute(
         raise ValueError(f"`graph` must be 'token', got {graph!r}.")
     if method not in get_args(Method):
         raise ValueError(f"`method` must be one of {list(get_args(Method))}, got {method!r}.")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"`seed` must be from 0 to 2**63 - 1, got {seed}.")
     transformer = as_transformer(model)
     tokens = transformer.tokens(prompt, position)
     token_graph = TokenGraph.of(transformer, len(tokens))
@@ -108,7 +113,7 @@ def attribute(
 
 
 def _values(
-    transformer: Transformer, tokens: Tensor, graph: TokenGraph, method: Method, seed: int, workspace: int
+    transformer: Transformer, tokens: Tensor, graph: TokenGraph, method: str, seed: int, workspace: int
 ) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     if method == "random":

@@ -1,7 +1,7 @@
 """Scores of contributions: how the vectors that add up to a state of the stream compare with it."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,10 +19,10 @@ class HeadContributions:
     be a tensor ``[head, dest, src, d_model]``, which is never made whole.
 
     Attributes:
-        coefficient: Attention pattern, over the frozen scale of a norm that the sum of heads goes through.
+        coefficient: Attention pattern, over the frozen scales of the norms that the sum of heads goes through.
         values: Values of each query head, which its output projection writes to the stream.
         weight_out: Output projections.
-        norm: The rest of that norm is applied to what is written; None in most models.
+        norms: These norms, without their scales, are applied to what is written; none in most models.
         first_dest: Token of row 0 of `coefficient`: all tokens are in it, or the last one only.
         workspace: Bytes of scratch memory.
     """
@@ -30,7 +30,7 @@ class HeadContributions:
     coefficient: Float[Tensor, "head dest src"]
     values: Float[Tensor, "src head d_head"]
     weight_out: Float[Tensor, "head d_head d_model"]
-    norm: Norm | None
+    norms: tuple[Norm, ...]
     first_dest: int
     workspace: int
 
@@ -42,7 +42,9 @@ class HeadContributions:
         for first in range(0, n_heads, step):
             heads = slice(first, first + step)
             vectors = self.values[:, heads].transpose(0, 1) @ self.weight_out[heads]
-            yield heads, vectors if self.norm is None else self.norm.without_scale(vectors)
+            for norm in self.norms:
+                vectors = norm.without_scale(vectors)
+            yield heads, vectors
 
 
 @dataclass(frozen=True)
@@ -91,14 +93,17 @@ def contribution_scores(
         exists = graph.exists["head"][layer][:, dest].to(scores["head"].device)
 
         skip, state = held.pop(("resid_pre", layer))[dest], held.pop(("resid_mid", layer))[dest]
-        norm = model.attn_norm(layer, held.pop(("attn_scale", layer), None))
+        norms = []  # between the heads and the state, in the order in which they are applied
+        if (attn_norm := model.attn_norm(layer, held.pop(("attn_scale", layer), None))) is not None:
+            norms.append(replace(attn_norm, scale=attn_norm.scale[dest]))
         if is_last and not model.has_mlp and final_norm is not None:
-            norm, skip, state = final_norm, final_norm(skip), final_norm(state)
-        pattern = held.pop(("pattern", layer))[:, dest]
-        if norm is not None:
-            pattern = pattern / norm.scale[dest if len(norm.scale) > 1 else slice(None)]
+            norms.append(final_norm)
+            skip, state = final_norm(skip), final_norm(state)
+        coefficient = held.pop(("pattern", layer))[:, dest]
+        for norm in norms:
+            coefficient = coefficient / norm.scale
         values = model.per_head(held.pop(("v", layer)))
-        heads = HeadContributions(pattern, values, model.W_O(layer), norm, dest.start or 0, workspace)
+        heads = HeadContributions(coefficient, values, model.W_O(layer), tuple(norms), dest.start or 0, workspace)
         raw = measure.of_heads(heads, state)
         into_state = torch.cat([measure.of_vectors(skip, state)[:, None], _by_dest(raw)], dim=1)
         is_edge = torch.cat([exists.new_ones(len(state), 1), _by_dest(exists)], dim=1)
@@ -212,7 +217,11 @@ def _cosine(dot: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _cosine_of_heads(heads: HeadContributions, state: Tensor) -> Tensor:
-    """The weight of the attention, being positive, does not matter, not even where it underflows."""
+    """The weight of the attention does not matter, being positive.
+
+    Where it underflows to zero the direction is still that of the exact weight; outside a local window, where the
+    weight is exactly zero, an edge gets the score of what it would carry.
+    """
     raw = torch.empty_like(heads.coefficient)
     for some, written in heads.written():
         lengths = _l2(state)[None, :, None] * _l2(written)[:, None]
