@@ -141,7 +141,7 @@ def test_what_hooks_of_the_user_add_stays_in_every_circuit(tiny_gpt2, hook_point
     vector = torch.linspace(-1, 1, 16)
     ranking = td.attribute(tiny_gpt2, PROMPT).rank()
     plain = td.evaluate(tiny_gpt2, PROMPT, ranking, [40])
-    tiny_gpt2.add_hook(f"blocks.{point}", lambda value, hook: value + vector)
+    tiny_gpt2.add_hook(hook_point, lambda value, hook: value + vector)
     try:
         steered = td.evaluate(tiny_gpt2, PROMPT, ranking, [40, ranking.n_edges])
         assert steered.metrics["tv"][1] == pytest.approx(0.0, abs=1e-6)
