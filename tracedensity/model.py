@@ -145,6 +145,10 @@ class Transformer:
                 raise ValueError("`prompt` must hold at least one token, got an empty string.")
             if self.model.tokenizer is None:
                 raise ValueError("`prompt` must be token ids: this model has no tokenizer to read text with.")
+            try:
+                prompt.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise ValueError(f"`prompt` must be text that UTF-8 can write, got {prompt!r}.") from error
             # Truncated, which is TransformerLens' default, it would be another prompt, explained without a word.
             ids = self.model.to_tokens(prompt, truncate=False)[0]
         else:
@@ -363,12 +367,15 @@ class Transformer:
         behaviour = [str(getattr(self.model.cfg, name, None)) for name in _BEHAVIOUR]
         digest.update(json.dumps([*shape, *behaviour]).encode())
         for name, parameter in self.model.named_parameters():
-            flat = parameter.detach().flatten().float()
-            if not flat.sum().isfinite() and not flat.isfinite().all():
-                raise ValueError(f"`model` must have finite weights, got NaN or infinite in {_weight_name(name)}.")
-            # sums of integers do not depend on the order in which a machine adds them up
-            total = int(flat.view(torch.int32).sum())
-            sample = flat[:: max(1, len(flat) // 16)][:17]
+            flat = parameter.detach().flatten()
+            total = 0
+            for part in flat.split(2**20):  # a sum makes a copy in a wider type
+                part = part.float()
+                if not part.sum().isfinite() and not part.isfinite().all():
+                    raise ValueError(f"`model` must have finite weights, got NaN or infinite in {_weight_name(name)}.")
+                # sums of integers do not depend on the order in which a machine adds them up
+                total += int(part.view(torch.int32).sum())
+            sample = flat[:: max(1, len(flat) // 16)][:17].float()
             digest.update(f"{name} {total}".encode() + sample.cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 

@@ -80,7 +80,7 @@ def attribute(
     Args:
         model: A HookedTransformer, or a name for `load_model`.
         prompt: Text, token ids, or a ``[pos]`` tensor.
-        graph: ``"token"``, see `TokenGraph`.
+        graph: ``"token"``, see `TokenGraph`. (The MLP is one edge per token; there are no neurons yet.)
         method: ``"norm"``: share of the L1 norms of all contributions to the state (the default of arXiv
             2605.27033); ``"norm-l2"``: of the L2 norms; ``"norm-ratio"``: L1 norm over that of the state;
             ``"flow"``: share of the proximities ``max(0, |y| - |y - z|)`` in L1 norm (Information Flow
