@@ -1,6 +1,7 @@
 """The package as a whole: light to import, its names where they belong."""
 
 import pkgutil
+import re
 import subprocess
 import sys
 import tomllib
@@ -12,6 +13,7 @@ import pytest
 
 import tracedensity as td
 
+ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformer_lens", "transformers", "plotly", "pandas", "numpy")
 # Some modules are run, not imported.
 MODULES = [
@@ -59,3 +61,10 @@ def test_an_unknown_name_says_what_there_is():
 def test_the_version_is_that_of_the_project():
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
     assert td.__version__ == project["project"]["version"]
+
+
+@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=lambda page: page.name)
+def test_links_between_our_pages_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+        if "://" not in link:
+            assert (page.parent / link).exists(), link
