@@ -63,7 +63,7 @@ def test_the_version_is_that_of_the_project():
     assert td.__version__ == project["project"]["version"]
 
 
-@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *ROOT.glob("[dt]*/*.md")]), ids=lambda page: page.name)
 def test_links_between_our_pages_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
         if "://" not in link:
