@@ -37,4 +37,5 @@ def test_example_runs_as_a_notebook(path):
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     nbformat.validate(notebook)
     assert any("application/vnd.plotly.v1+json" in output.get("data", {}) for output in outputs)
+    assert not [output["text"] for output in outputs if output.get("name") == "stderr"]
     assert any("text/html" in output.get("data", {}) for output in outputs)

@@ -339,8 +339,10 @@ def _first_line(error: Exception) -> str:
 @contextmanager
 def _quiet(*, bars: bool = False) -> Iterator[None]:
     """While open, nothing that loading a model says is shown: prints, warnings, logs, and bars unless wanted."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
-    from transformers.utils import logging as hugging_face_logging
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tqdm's, on its first import into a notebook without widgets
+        from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+        from transformers.utils import logging as hugging_face_logging
 
     shown, hub_hidden = hugging_face_logging.is_progress_bar_enabled(), are_progress_bars_disabled()
     level = logging.root.manager.disable
