@@ -311,7 +311,9 @@ def test_help_imports_nothing_heavy():
         pytest.param(["circuit", "--pairs", "no.csv"], "no.csv", id="no pairs"),
         pytest.param(["circuit", PROMPT, "--size", "100000"], "`size` must be a number of edges from 0", id="size"),
         pytest.param(["circuit", PROMPT, "--ablation", "mode"], "'mode' is not one of", id="ablation"),
-        pytest.param(["density", PROMPT, "--method", "eap"], "on the token graph, got 'eap'", id="method of the other"),
+        pytest.param(
+            ["density", PROMPT, "--method", "relp"], "on the token graph, got 'relp'", id="method of the other"
+        ),
         pytest.param(["density", PROMPT, "--magic"], "No such option: --magic", id="option"),
         pytest.param(["conjure"], "No such command 'conjure'. Try 'tracedensity --help'.", id="command"),
         pytest.param(["show", "no-such-file"], "got 'no-such-file', which does not exist", id="no file to show"),

@@ -503,20 +503,20 @@ ATTRIBUTE: list[tuple[str, Callable[[], Any], dict[str, Any], str]] = [
     (
         "ablation of tokens",
         lambda: PROMPT,
-        {"graph": "token", "ablation": "mean"},
-        "`ablation` must be 'zero' on the token",
+        {"graph": "token", "ablation": "counterfactual"},
+        "`ablation` must be one of .* on the token graph",
     ),
     (
         "metric of tokens",
         lambda: PROMPT,
         {"graph": "token", "metric": "kl"},
-        "`metric` must be left out on the token graph",
+        "`metric` must be left out for method 'norm'",
     ),
     (
         "neurons of tokens",
         lambda: PROMPT,
         {"graph": "token", "neurons": True},
-        "`neurons` must be left out on the token",
+        "`method` must be 'eap', 'eap-ig' or random for neurons",
     ),
     (
         "exact neurons",

@@ -209,7 +209,7 @@ def test_what_cannot_be_evaluated_gets_one_sentence(tiny_gpt2, unchecked, circui
         pytest.param({"method": "norms"}, "`method` must be one of .* got 'norms'", id="method"),
         pytest.param({"family": "best"}, "`family` must be one of .* got 'best'", id="family"),
         pytest.param({"metric": "logprob"}, "`metric` must be one of .* got 'logprob'", id="metric"),
-        pytest.param({"ablation": "mean"}, "`ablation` must be 'zero'", id="ablation"),
+        pytest.param({"ablation": "counterfactual"}, "`ablation` must be one of .* on the token graph", id="ablation"),
         pytest.param({"attention": "shut"}, "`attention` must be one of .* got 'shut'", id="attention"),
         pytest.param({"graph": "layers"}, "`graph` must be one of .* got 'layers'", id="graph"),
         pytest.param({"thresholds": ()}, "`thresholds` must be .* got none", id="no threshold"),

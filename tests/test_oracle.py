@@ -388,7 +388,7 @@ def assert_run_as_described(case: Case, dtype: torch.dtype, tolerance: float) ->
     model = case.model(dtype)
     truth, transformer = Oracle(model, case.tokens), as_transformer(model)
     graph, tokens = case.graph, torch.tensor(case.tokens)
-    setting = token_setting(transformer, tokens, None, -1)
+    setting = token_setting(transformer, tokens, None, -1, 0)
     generator = torch.Generator().manual_seed(case.seed)
     shuffled = unflatten(graph, torch.randperm(graph.n_edges, generator=generator).int(), -1)
     grown = td.attribute(model, tokens).rank().rank
@@ -432,7 +432,7 @@ def test_all_edges_together_are_the_model(case):
     assert whole.metrics["tv"].item() < 1e-5 and whole.metrics["kl"].item() < 1e-5
     assert whole.metrics["top1"].item() == 1
     tokens = torch.tensor(case.tokens)
-    setting = token_setting(as_transformer(model), tokens, None, -1)
+    setting = token_setting(as_transformer(model), tokens, None, -1, 0)
     circuits = [ranking.circuit(graph.n_edges)]
     logits = run_circuits(setting, circuits, Conditions(), as_they_are)["logits"]
     assert_close(logits[0], model(tokens[None])[0, -1].detach(), 1e-5)

@@ -1,6 +1,6 @@
 """Ablation: what the parts of a model write to the stream, and what they write instead when they are ablated."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -80,6 +80,15 @@ class Written:
 
 Ablated = Callable[[slice], Written]
 """What ablated writers write, for some of the examples."""
+
+Carried = Mapping[Site, Tensor]
+"""What ablated edges of the token graph carry, by the site where they are added up; axes are 1 where nothing depends on
+them.
+
+Heads carry values ``v`` ``[#example, #pos, head, d_head]`` times a weight: that of the run itself, or ``pattern``
+``[#example, head, dest, src]`` where there is one. Then ``mlp_out``, or ``post`` of neurons, ``skip_attn`` and
+``skip_mlp``. What is missing is zero.
+"""
 
 
 def written(
@@ -189,6 +198,39 @@ def _mean(model: Transformer, examples: Examples, n_at_once: int, neurons: bool,
     assert total is not None
     count = examples.real.sum(axes, keepdim=True).clamp(min=1)
     return total.map(lambda value: (value / count.view(*count.shape, *[1] * (value.dim() - 2))).to(model.full_dtype))
+
+
+def carried(model: Transformer, examples: Examples, ablation: str, *, neurons: bool = False) -> Carried:
+    """What ablated edges of the token graph carry, on one prompt.
+
+    Args:
+        model: The model.
+        examples: The prompt; for ``"resample"`` several times, with tokens drawn at random for corrupted ones.
+        ablation: ``"zero"``; ``"mean"``: what an average token of the prompt would bring, the attention of the run
+            being kept; ``"resample"``: what the edge carries on the prompts with drawn tokens.
+        neurons: Whether MLPs are ablated neuron by neuron.
+    """
+    if ablation == "zero":
+        return {}
+    names = ["resid_pre", "v", *(["pattern"] if ablation == "resample" else [])]
+    if model.has_mlp:
+        names += ["resid_mid", "post" if neurons else "mlp_out"]
+    held: dict[Site, Tensor] = {}
+
+    def hold(value: Tensor, site: Site) -> None:
+        name, layer = site
+        value = full_precision(value)
+        if name == "v":
+            value = model.per_head(value)
+        if ablation == "mean":
+            value = value.double().mean(1, keepdim=True).to(value.dtype)
+        held[{"resid_pre": "skip_attn", "resid_mid": "skip_mlp"}.get(name, name), layer] = value
+
+    sites: Iterator[Site] = ((name, layer) for layer in range(model.n_layers) for name in names)
+    tokens = examples.tokens if ablation == "mean" else examples.corrupted
+    assert tokens is not None
+    model.observe(tokens, {site: partial(hold, site=site) for site in sites}, examples.last)
+    return held
 
 
 def resampled(model: Transformer, examples: Examples, seed: int) -> Examples:

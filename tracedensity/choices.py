@@ -2,7 +2,9 @@
 
 from typing import Literal
 
-TokenMethod = Literal["norm", "norm-l2", "norm-ratio", "flow", "flow-shifted", "cosine", "random", "random-connected"]
+TokenMethod = Literal[
+    "norm", "norm-l2", "norm-ratio", "flow", "flow-shifted", "cosine", "eap", "eap-ig", "random", "random-connected",
+]  # fmt: skip
 """How edges of the token graph are scored."""
 
 ComponentMethod = Literal[
@@ -19,6 +21,9 @@ GraphName = Literal["token", "component"]
 
 Ablation = Literal["counterfactual", "resample", "zero", "mean", "mean-positional"]
 """What replaces an absent edge."""
+
+TokenAblation = Literal["zero", "mean", "resample"]
+"""What replaces an absent edge of the token graph."""
 
 Family = Literal["greedy", "top", "threshold", "nucleus"]
 """How scores become an order, see `tracedensity.extract.rank_edges`."""

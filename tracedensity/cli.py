@@ -245,6 +245,9 @@ def attribute(
     neurons: Annotated[
         bool | None, typer.Option("--neurons", help="Take every neuron of an MLP by itself.", show_default=False)
     ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="The token whose probability is asked for.", show_default="the most probable one")
+    ] = None,
     position: PositionOption = None,
     seed: SeedOption = None,
     device: DeviceOption = None,
@@ -257,7 +260,7 @@ def attribute(
         raise ValueError(f"`--top` must be at least 1, got {top}.")
     options = _given(
         graph=_graph(graph, task, pairs), method=method, metric=metric, ablation=ablation, steps=steps,
-        ungroup=ungroup, positions=positions, neurons=neurons, position=position, seed=seed,
+        ungroup=ungroup, positions=positions, neurons=neurons, target=target, position=position, seed=seed,
     )  # fmt: skip
     with _quiet():
         loaded = td.load_model(**_given(name_or_model=model, device=device))

@@ -292,8 +292,10 @@ def setting_for(
         neurons = bool(graph.d_mlp)
         fitting = [ComponentGraph.of(model, n_pos=n_pos, ungroup=each, neurons=neurons) for each in (False, True)]
     else:
-        setting = token_setting(model, prompt, ablation, position)
-        fitting = [TokenGraph.of(model, setting.prompts.tokens.shape[1])]
+        assert isinstance(graph, TokenGraph)
+        neurons = graph.d_mlp is not None
+        setting = token_setting(model, prompt, ablation, position, seed, neurons=neurons)
+        fitting = [TokenGraph.of(model, setting.prompts.tokens.shape[1], neurons=neurons)]
     if graph not in fitting:
         raise ValueError(
             f"`ranking_or_circuit` must belong to this model and prompt, whose graph is {fitting[0]}, got {graph}."
@@ -343,8 +345,8 @@ def measure_of(setting: Setting, metrics: Mapping[str, str | Metric]) -> Measure
 
 def empty_values(setting: Setting, graph: Graph, measure: Measure) -> dict[str, Float[Tensor, " example"]]:
     """The circuit without edges, measured: under most ablations that is no plain run on anything."""
-    nothing = {kind: torch.zeros(shape, dtype=torch.bool) for kind, shape in graph.shapes.items()}
-    values = run_masks(setting, graph, [nothing], Conditions(ablation=setting.ablation), measure)
+    nothing = {kind: torch.zeros(1, *shape, dtype=torch.bool) for kind, shape in graph.shapes.items()}
+    values = run_masks(setting, graph, nothing, Conditions(ablation=setting.ablation), measure)
     return {name: value[0].cpu() for name, value in values.items()}
 
 

@@ -47,11 +47,10 @@ class Provenance:
         """Provenance of something computed in a setting."""
         model, examples = setting.model, setting.prompts
         ids = tuple(examples.tokens[0, : int(examples.last[0]) + 1].tolist())
-        task = None if setting.ablated is None else setting.task
-        texts = tuple(model.texts(ids))
         return cls(
-            model.name, setting.fingerprint, ids, texts, method, seed, task, metric, setting.ablation, model.d_model
-        )
+            model.name, setting.fingerprint, ids, tuple(model.texts(ids)), method, seed, setting.task, metric,
+            setting.ablation, model.d_model,
+        )  # fmt: skip
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Provenance":

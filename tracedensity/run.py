@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from tracedensity.choices import Attention
 from tracedensity.graph import Dropped, Graph, Rows
 from tracedensity.graph.circuit import Circuit
 from tracedensity.model import require_finite
-from tracedensity.setting import Setting, rows_at_once
+from tracedensity.setting import Setting, gradients_at_once, rows_at_once
 
 Measure = Callable[[Float[Tensor, "circuit example d_vocab"], slice], Mapping[str, Tensor]]
 """What is wanted of the logits of circuits on some of the examples: numbers ``[circuit, example]``, by name."""
@@ -91,30 +91,100 @@ def run_circuits(
     graph = circuits[0].graph
     if any(circuit.graph != graph for circuit in circuits):
         raise ValueError("`circuits` must all be circuits of one graph.")
-    kept = [circuit.kept for circuit in circuits]
+    kept = {kind: torch.stack([circuit.kept[kind] for circuit in circuits]) for kind in graph.shapes}
     return run_masks(setting, graph, kept, conditions, measure, batch_size)
 
 
 def run_masks(
     setting: Setting,
     graph: Graph,
-    kept: list[Mapping[str, Bool[Tensor, "..."]]],
+    kept: Mapping[str, Bool[Tensor, "circuit ..."]],
     conditions: Conditions,
     measure: Measure,
     batch_size: int | None = None,
 ) -> dict[str, Float[Tensor, "circuit example"]]:
     """Measure circuits given as masks of each kind of edge, or their complements."""
+    kept = {kind: masks.to(setting.model.device) for kind, masks in kept.items()}
+    n_circuits = len(next(iter(kept.values())))
 
     def dropped(part: slice) -> Dropped:
         def among(kind: str, where: Any) -> Tensor | None:
             if conditions.keeps_all(kind):
                 return None
-            some = torch.stack([masks[kind][where] for masks in kept[part]]).to(setting.model.device)
+            some = _at(kept[kind][part], where)
             return some if conditions.inverse else ~some
 
         return among
 
-    return run(setting, graph, dropped, len(kept), measure, batch_size)
+    return run(setting, graph, dropped, n_circuits, measure, batch_size)
+
+
+def run_shares(
+    setting: Setting,
+    graph: Graph,
+    kept: Mapping[str, Float[Tensor, "circuit ..."]],
+    conditions: Conditions,
+    loss: Measure,
+) -> tuple[dict[str, Float[Tensor, " circuit"]], dict[str, Float[Tensor, "circuit ..."]]]:
+    """What a loss is where edges are kept in shares, and how it changes with each of these shares.
+
+    One forward and one backward pass per circuit and example. The gradient at the share of a head's edge comes from the
+    gradient at its pattern, which is a matrix product of that at its output with its values: nothing with two axes of
+    tokens and ``d_model`` is made.
+
+    Args:
+        setting: Where circuits are run.
+        graph: What the edges are.
+        kept: Shares from 0, ablated, to 1, kept.
+        conditions: How circuits are run.
+        loss: Numbers of which the one named "loss" is differentiated.
+
+    Returns:
+        All these numbers and the gradients, means over examples.
+
+    Raises:
+        ValueError: If a gradient is not finite, naming the kind of edge.
+    """
+    model, examples = setting.model, setting.prompts
+    n_circuits = len(next(iter(kept.values())))
+    n_rows = gradients_at_once(model, examples.tokens.shape[1])
+    values: dict[str, Tensor] = {}
+    slopes = {kind: torch.zeros_like(share, device=model.device) for kind, share in kept.items()}
+    with torch.inference_mode(False), model.frozen(), flushed_denormals():
+        for some in examples.parts(n_rows):
+            n_some = some.stop - some.start
+            ablated = setting.ablated(some)
+            for part in _parts(n_circuits, max(1, n_rows // n_some)):
+                n_part = part.stop - part.start
+                leaves = {kind: share[part].to(model.device).clone().requires_grad_() for kind, share in kept.items()}
+
+                def dropped(kind: str, where: Any, leaves: Mapping[str, Tensor] = leaves) -> Tensor | None:
+                    return None if conditions.keeps_all(kind) else 1 - _at(leaves[kind], where)
+
+                with torch.enable_grad():
+                    logits = model.logits(
+                        examples.tokens[some].repeat(n_part, 1),
+                        graph.edits(dropped, Rows(model, n_part, examples.last[some], ablated)),
+                        last=examples.last[some].repeat(n_part),
+                        ungrouped=graph.ungrouped,
+                        differentiable=True,
+                    )
+                    require_finite(logits, "the logits of circuits")
+                    measured = loss(logits.unflatten(0, (n_part, n_some)), some)
+                    found = torch.autograd.grad(measured["loss"].sum(), [*leaves.values()], allow_unused=True)
+                for kind, slope in zip(leaves, found, strict=True):
+                    if slope is not None:
+                        require_finite(slope, f"the gradients at edges of kind {kind!r}")
+                        slopes[kind][part] += slope / len(examples)
+                for name, each in measured.items():
+                    total = values.setdefault(name, each.new_zeros(n_circuits))
+                    total[part] += each.detach().sum(1) / len(examples)
+    return values, slopes
+
+
+def _at(values: Shaped[Tensor, "circuit ..."], where: Any) -> Tensor:
+    """What an index into the tensor of one circuit selects, for each of several."""
+    return values[(slice(None), *where) if isinstance(where, tuple) else (slice(None), where)]
 
 
 def run(
@@ -132,7 +202,7 @@ def run(
     with flushed_denormals():
         for some in examples.parts(n_rows):
             n_some = some.stop - some.start
-            ablated = setting.ablated(some) if setting.ablated is not None and n_circuits else None
+            ablated = setting.ablated(some) if n_circuits else {}
             columns: dict[str, list[Tensor]] = {}
             for part in _parts(n_circuits, batch_size or max(1, n_rows // n_some)):
                 n_part = part.stop - part.start

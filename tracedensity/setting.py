@@ -1,15 +1,16 @@
 """Settings: what circuits are run on, a model with prompts and something in place of absent edges."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tracedensity.ablate import Ablated, ablated_values, resampled
-from tracedensity.choices import Ablation
+from tracedensity.ablate import Carried, ablated_values, carried, resampled
+from tracedensity.choices import Ablation, TokenAblation
 from tracedensity.model import Transformer
 from tracedensity.task import Examples, Task, as_task
 
@@ -28,17 +29,18 @@ class Setting:
         model: The model.
         fingerprint: Hash of its architecture and weights, made before anything is run.
         prompts: The prompts, as token ids.
-        task: What they were made of.
+        ablated: For some of the examples, what ablated writers write (`Written`), on the token graph what ablated edges
+            carry (`Carried`).
+        task: What they were made of; None for one prompt on the token graph.
         ablation: What replaces an absent edge.
-        ablated: What ablated writers write; None where absent edges carry zero.
     """
 
     model: Transformer
     fingerprint: str
     prompts: Examples
-    task: Task
+    ablated: Callable[[slice], Any]
+    task: Task | None = None
     ablation: str = "zero"
-    ablated: Ablated | None = None
 
     @property
     def asked(self) -> bool:
@@ -81,21 +83,41 @@ class Setting:
         return int(last[0]) + 1
 
 
-def token_setting(model: Transformer, prompt: object, ablation: str | None, position: int) -> Setting:
-    """One prompt on the token graph, where absent edges carry zero.
+def token_setting(
+    model: Transformer, prompt: object, ablation: str | None, position: int, seed: int, *, neurons: bool = False
+) -> Setting:
+    """One prompt on the token graph; where absent edges carry what they do on other tokens, several times.
+
+    Args:
+        model: The model.
+        prompt: The prompt.
+        ablation: What replaces an absent edge; by default nothing does.
+        position: Which prediction is asked for.
+        seed: For drawn tokens.
+        neurons: Whether MLPs are ablated neuron by neuron.
 
     Raises:
-        ValueError: If it is a task, or another ablation is asked for.
+        ValueError: If it is a task, or there is no such ablation.
     """
     if isinstance(prompt, Task):
         raise ValueError(
             '`prompt` must be one prompt on the token graph, got a task. Use `graph="component"` for tasks.'
         )
-    if ablation not in (None, "zero"):
-        raise ValueError(f"`ablation` must be 'zero' on the token graph, got {ablation!r}.")
+    if ablation not in (None, *get_args(TokenAblation)):
+        raise ValueError(
+            f"`ablation` must be one of {list(get_args(TokenAblation))} on the token graph, got {ablation!r}."
+        )
     tokens = model.tokens(prompt, position)  # type: ignore[arg-type]
     fingerprint = model.fingerprint()  # first: it finds weights that are not finite
-    return Setting(model, fingerprint, Examples.of_prompt(tokens), as_task(tokens))
+    examples, ablation = Examples.of_prompt(tokens), ablation or "zero"
+    if ablation == "resample":
+        examples = resampled(model, examples, seed)
+    instead = carried(model, examples, ablation, neurons=neurons)
+
+    def ablated(part: slice) -> Carried:
+        return {site: value if len(value) == 1 else value[part] for site, value in instead.items()}
+
+    return Setting(model, fingerprint, examples, ablated, ablation=ablation)
 
 
 def component_setting(
@@ -132,7 +154,7 @@ def component_setting(
     n_at_once = rows_at_once(model, examples.tokens.shape[1])
     kind = "counterfactual" if ablation == "resample" else ablation
     ablated = ablated_values(model, examples, kind, n_at_once=n_at_once, neurons=neurons)
-    return Setting(model, fingerprint, examples, task, ablation, ablated)
+    return Setting(model, fingerprint, examples, ablated, task, ablation)
 
 
 # -- how much at a time ----------------------------------------------------------------------------

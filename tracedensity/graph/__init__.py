@@ -10,13 +10,14 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
-from tracedensity.ablate import Written
+from tracedensity.ablate import Carried, Written
 from tracedensity.model import Edit, Site, Transformer
 
 Dropped = Callable[[str, Any], Tensor | None]
 """Which edges of a kind are ablated, among those that an index into the kind's tensor selects.
 
-A boolean tensor ``[circuit, ...]``, or None for no edge.
+A boolean tensor ``[circuit, ...]``, or None for no edge. Numbers from 0 to 1 in place of booleans are shares: an edge
+then carries so much of its ablated value, and the rest of its own.
 """
 
 
@@ -28,13 +29,13 @@ class Rows:
         model: What is run.
         n_circuits: How many circuits.
         last: Where each example ends.
-        ablated: What writers write where they are ablated; None where absent edges carry zero.
+        ablated: What writers write where they are ablated, or what edges carry.
     """
 
     model: Transformer
     n_circuits: int
     last: Int[Tensor, " example"]
-    ablated: Written | None = None
+    ablated: Written | Carried
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,15 +115,20 @@ class Graph(Protocol):
         """How a running model is changed so that a batch of circuits is what it computes."""
         ...
 
+    def fed(self, kept: Bool[Tensor, "*circuit edge"]) -> Bool[Tensor, "*circuit edge"]:
+        """Circuits with the edges without which others of theirs would bring nothing, where these are known."""
+        ...
+
     def to_dict(self) -> dict[str, Any]:
         """What is needed to make the same graph again; `graph_from_dict` is the inverse."""
         ...
 
 
-def flatten(graph: Graph, values: Mapping[str, Tensor]) -> Shaped[Tensor, " edge"]:
-    """The values of all edges in canonical order, on the CPU."""
-    laid_out = torch.cat([values[kind].flatten().cpu() for kind in graph.shapes])
-    return laid_out[graph.edges.index]
+def flatten(graph: Graph, values: Mapping[str, Tensor]) -> Shaped[Tensor, "*batch edge"]:
+    """The values of all edges in canonical order, for one circuit or several, on the CPU."""
+    n_axes = {kind: len(shape) for kind, shape in graph.shapes.items()}
+    laid_out = torch.cat([values[kind].flatten(-n_axes[kind]).cpu() for kind in graph.shapes], dim=-1)
+    return laid_out[..., graph.edges.index]
 
 
 def pruned(graph: Graph, kept: Bool[Tensor, "*batch edge"]) -> Bool[Tensor, "*batch edge"]:
@@ -158,13 +164,13 @@ def _spread(marked: Tensor, source: Tensor, target: Tensor, along: Tensor) -> No
     marked |= found.bool()
 
 
-def unflatten(graph: Graph, flat: Shaped[Tensor, " edge"], missing: int | float | bool) -> dict[str, Tensor]:
-    """Inverse of `flatten`; entries that are no edge get the value `missing`."""
+def unflatten(graph: Graph, flat: Shaped[Tensor, "*batch edge"], missing: int | float | bool) -> dict[str, Tensor]:
+    """Inverse of `flatten`, for one circuit or several; entries that are no edge get the value `missing`."""
     counts = [torch.Size(shape).numel() for shape in graph.shapes.values()]
-    laid_out = flat.new_full((sum(counts),), missing)
-    laid_out[graph.edges.index] = flat
-    parts = laid_out.split(counts)
-    return {kind: part.view(shape) for (kind, shape), part in zip(graph.shapes.items(), parts, strict=True)}
+    laid_out = flat.new_full((*flat.shape[:-1], sum(counts)), missing)
+    laid_out[..., graph.edges.index] = flat
+    parts = laid_out.split(counts, dim=-1)
+    return {kind: part.unflatten(-1, shape) for (kind, shape), part in zip(graph.shapes.items(), parts, strict=True)}
 
 
 def edge_at(graph: Graph, number: int) -> tuple[str, str]:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from tracedensity.ablate import Written
 from tracedensity.graph import Dropped, EdgeList, Rows
 from tracedensity.model import Edit, Site, Transformer, full_precision
 
@@ -364,6 +365,10 @@ class ComponentGraph:
             )
         return _PatchedRun(self, dropped, rows).edits()
 
+    def fed(self, kept: Bool[Tensor, "*circuit edge"]) -> Bool[Tensor, "*circuit edge"]:
+        """As they are: an ablated writer writes what it would write elsewhere, which readers can do with."""
+        return kept
+
 
 @dataclass(frozen=True, eq=False)
 class _Nodes:
@@ -431,7 +436,7 @@ class _PatchedRun:
     """
 
     def __init__(self, graph: ComponentGraph, dropped: Dropped, rows: Rows) -> None:
-        assert rows.ablated is not None
+        assert isinstance(rows.ablated, Written)
         self.graph, self.dropped, self.rows, self.ablated = graph, dropped, rows, rows.ablated
         self.changes: Tensor | None = None
         self.stream: Tensor | None = None  # entering the block

@@ -7,13 +7,17 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from einops import einsum
 from jaxtyping import Bool
 from torch import Tensor
 
-from tracedensity.graph import Dropped, EdgeList, Rows
+from tracedensity.graph import Dropped, EdgeList, Rows, flatten, unflatten
 from tracedensity.model import Edit, Site, Transformer
 
-_NAME = re.compile(r"(?:a(\d+)\.h(\d+)@(\d+)->|m(\d+)@|r(\d+)\.(attn|mlp)@)(\d+)")
+_NAME = re.compile(r"(?:a(\d+)\.h(\d+)@(\d+)->|m(\d+)(?:\.n(\d+))?@|r(\d+)\.(attn|mlp)@)(\d+)")
+
+# Where the edges of a kind are added up.
+_SITES = {"mlp": "mlp_out", "neuron": "post", "resid_attn": "skip_attn", "resid_mlp": "skip_mlp"}
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,8 @@ class TokenGraph:
 
     - ``head`` ``[layer, head, dest, src]``: what a head brings from token `src` to token `dest`;
     - ``resid_attn`` ``[layer, pos]``: the skip connection around attention;
-    - ``mlp`` ``[layer, pos]``: what the MLP adds;
+    - ``mlp`` ``[layer, pos]``: what the MLP adds; or, in its place, ``neuron`` ``[layer, pos, d_mlp]``: what each of
+      its neurons adds;
     - ``resid_mlp`` ``[layer, pos]``: the skip connection around the MLP.
 
     Only what can reach the prediction, the stream at the last token after the last block, is an edge: in the
@@ -37,6 +42,7 @@ class TokenGraph:
         n_heads: Query heads per block.
         n_pos: Tokens of the prompt.
         has_mlp: Whether blocks have an MLP; without one there is one state per block and token.
+        d_mlp: Neurons per MLP if each is an edge of its own; None if whole MLPs are.
 
     References:
         Tracing Computation Density in LLMs (arXiv 2605.27033), section on the computation graph.
@@ -46,16 +52,21 @@ class TokenGraph:
     n_heads: int
     n_pos: int
     has_mlp: bool = True
+    d_mlp: int | None = None
 
     @classmethod
-    def of(cls, model: Transformer, n_pos: int) -> "TokenGraph":
+    def of(cls, model: Transformer, n_pos: int, *, neurons: bool = False) -> "TokenGraph":
         """The graph of a model for prompts of `n_pos` tokens.
 
         Raises:
-            ValueError: If attention and MLP of a block read the same stream.
+            ValueError: If attention and MLP of a block read the same stream, or neurons cannot be told apart.
         """
         model.require_sequential('the token graph does not describe parallel blocks. Use `graph="component"`.')
-        return cls(model.n_layers, model.n_heads, n_pos, model.has_mlp)
+        if neurons and not model.has_mlp:
+            raise ValueError(f"`neurons` must be left out for {model.name}, which has no MLPs.")
+        if neurons:
+            model.W_out(0)  # raises where they cannot be told apart
+        return cls(model.n_layers, model.n_heads, n_pos, model.has_mlp, model.d_mlp if neurons else None)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -63,12 +74,13 @@ class TokenGraph:
         heads = (self.n_layers, self.n_heads, self.n_pos, self.n_pos)
         if not self.has_mlp:
             return {"head": heads, "resid_attn": states}
-        return {"head": heads, "mlp": states, "resid_attn": states, "resid_mlp": states}
+        mlp = {"mlp": states} if self.d_mlp is None else {"neuron": (*states, self.d_mlp)}
+        return {"head": heads, **mlp, "resid_attn": states, "resid_mlp": states}
 
     @property
     def n_edges(self) -> int:
         """Closed form, ``(L-1) (H T(T+1)/2 + 3T) + H T + 3`` with MLPs."""
-        links = 3 if self.has_mlp else 1  # per state: two skips and the MLP, or one skip
+        links = 2 + (self.d_mlp or 1) if self.has_mlp else 1  # per state: two skips and the MLP, or one skip
         pairs = self.n_pos * (self.n_pos + 1) // 2
         full_layer = self.n_heads * pairs + links * self.n_pos
         return (self.n_layers - 1) * full_layer + self.n_heads * self.n_pos + links
@@ -85,7 +97,10 @@ class TokenGraph:
         states[-1, :-1] = False
         causal = torch.ones(self.n_pos, self.n_pos, dtype=torch.bool).tril()
         heads = (states[:, :, None] & causal)[:, None].expand(self.shapes["head"]).contiguous()
-        return {kind: heads if kind == "head" else states.clone() for kind in self.shapes}
+        exists = {kind: heads if kind == "head" else states.clone() for kind in self.shapes}
+        if self.d_mlp is not None:
+            exists["neuron"] = states[..., None].expand(self.shapes["neuron"]).contiguous()
+        return exists
 
     @cached_property
     def edges(self) -> EdgeList:
@@ -115,8 +130,9 @@ class TokenGraph:
             target.append(after[:, None, None].expand_as(slots)[is_edge])
             blocks.append(slice(end, end := end + len(index[-1])))
             if self.has_mlp:
-                slots = torch.stack([numbers["resid_mlp"][layer], numbers["mlp"][layer]], dim=-1)
-                is_edge = self.exists["mlp"][layer][:, None].expand_as(slots)
+                mlp = numbers["mlp"][layer][:, None] if self.d_mlp is None else numbers["neuron"][layer]
+                slots = torch.cat([numbers["resid_mlp"][layer][:, None], mlp], dim=-1)
+                is_edge = self.exists["resid_mlp"][layer][:, None].expand_as(slots)
                 index.append(slots[is_edge])
                 source.append(after[:, None].expand_as(slots)[is_edge])
                 target.append((after + self.n_pos)[:, None].expand_as(slots)[is_edge])
@@ -129,10 +145,13 @@ class TokenGraph:
         )  # fmt: skip
 
     def edge_name(self, kind: str, index: tuple[int, ...]) -> str:
-        """``a2.h3@5->7``: head 3 of layer 2 from token 5 to 7; ``m2@7``; ``r2.attn@7`` and ``r2.mlp@7``."""
+        """``a2.h3@5->7``: head 3 of layer 2 from token 5 to 7; ``m2@7``, ``m2.n5@7``; ``r2.attn@7``, ``r2.mlp@7``."""
         if kind == "head":
             layer, head, dest, src = index
             return f"a{layer}.h{head}@{src}->{dest}"
+        if kind == "neuron":
+            layer, pos, neuron = index
+            return f"m{layer}.n{neuron}@{pos}"
         layer, pos = index
         return f"m{layer}@{pos}" if kind == "mlp" else f"r{layer}.{kind.removeprefix('resid_')}@{pos}"
 
@@ -143,9 +162,11 @@ class TokenGraph:
             ValueError: If the graph has no such edge.
         """
         if found := _NAME.fullmatch(name):
-            attn_layer, head, src, mlp_layer, skip_layer, around, dest = found.groups()
+            attn_layer, head, src, mlp_layer, neuron, skip_layer, around, dest = found.groups()
             if attn_layer is not None:
                 kind, index = "head", (int(attn_layer), int(head), int(dest), int(src))
+            elif neuron is not None:
+                kind, index = "neuron", (int(mlp_layer), int(dest), int(neuron))
             elif mlp_layer is not None:
                 kind, index = "mlp", (int(mlp_layer), int(dest))
             else:
@@ -162,9 +183,9 @@ class TokenGraph:
             layer, head, dest, src = index
             row = layer * (2 if self.has_mlp else 1)
             return f"s{row}@{src}", f"s{row + 1}@{dest}", f"h{head}"
-        layer, pos = index
-        row = layer * (2 if self.has_mlp else 1) + (kind in ("mlp", "resid_mlp"))
-        return f"s{row}@{pos}", f"s{row + 1}@{pos}", kind
+        layer, pos = index[:2]
+        row = layer * (2 if self.has_mlp else 1) + (kind in ("mlp", "neuron", "resid_mlp"))
+        return f"s{row}@{pos}", f"s{row + 1}@{pos}", f"n{index[2]}" if kind == "neuron" else kind
 
     @property
     def n_held(self) -> int:
@@ -176,25 +197,87 @@ class TokenGraph:
         return False
 
     def edits(self, dropped: Dropped, rows: Rows) -> Mapping[Site, Edit]:
-        """Zero ablation: what an absent edge would have added is left out; nothing else is patched or frozen.
+        """What an absent edge would have added is left out, or replaced by what it carries when ablated.
 
-        A pattern entry is set to zero after the softmax, with no renormalisation; an MLP's output or a skip
-        connection's term is set to zero (strace.md, section 4).
+        Nothing else is patched or frozen. A pattern entry is set to zero after the softmax, with no renormalisation; an
+        MLP's output, a neuron's activation or a skip connection's term is set to zero (the density papers' ablation).
+        Other ablations put their own in that place.
         """
-        sites = {"head": "pattern", "mlp": "mlp_out", "resid_attn": "skip_attn", "resid_mlp": "skip_mlp"}
+        instead: Mapping[Site, Tensor] = rows.ablated if isinstance(rows.ablated, Mapping) else {}
+
+        def share(kind: str, layer: int) -> Tensor | None:
+            found = dropped(kind, layer)
+            return found if found is None else found.repeat_interleave(len(rows.last), 0)
+
+        def tiled(site: Site) -> Tensor | None:
+            value = instead.get(site)
+            return (
+                value if value is None or len(value) == 1 else value.repeat(rows.n_circuits, *[1] * (value.dim() - 1))
+            )
 
         def edit(kind: str, layer: int) -> Edit:
-            def without(value: Tensor) -> Tensor:
-                mask = dropped(kind, layer)
-                if mask is None:
+            def patched(value: Tensor) -> Tensor:
+                absent = share(kind, layer)
+                if absent is None:
                     return value
-                if kind != "head":
-                    mask = mask[..., None]  # all of d_model
-                return value.masked_fill(mask, 0.0)
+                if kind != "neuron":
+                    absent = absent[..., None]  # all of d_model
+                return _patched(value, absent, tiled((_SITES[kind], layer)))
 
-            return without
+            return patched
 
-        return {(sites[kind], layer): edit(kind, layer) for layer in range(self.n_layers) for kind in self.shapes}
+        def edit_heads(layer: int) -> tuple[Edit, Edit]:
+            brought: list[Tensor] = []  # what absent edges add to the outputs of heads
+
+            def weighed(pattern: Tensor) -> Tensor:
+                absent = share("head", layer)
+                if absent is None:
+                    return pattern
+                if (values := tiled(("v", layer))) is not None:
+                    own = tiled(("pattern", layer))
+                    weight = (pattern if own is None else own.to(pattern.dtype)) * absent.to(pattern.dtype)
+                    values = values.to(weight.dtype).expand(len(weight), self.n_pos, -1, -1)
+                    brought.append(
+                        einsum(weight, values, "row head dest src, row src head d_head -> row dest head d_head")
+                    )
+                return _patched(pattern, absent, None)
+
+            def mixed(z: Tensor) -> Tensor:
+                return z + brought.pop() if brought else z
+
+            return weighed, mixed
+
+        edits: dict[Site, Edit] = {}
+        for layer in range(self.n_layers):
+            edits["pattern", layer], edits["z", layer] = edit_heads(layer)
+            edits |= {(_SITES[kind], layer): edit(kind, layer) for kind in self.shapes if kind != "head"}
+        return edits
+
+    def fed(self, kept: Bool[Tensor, "*circuit edge"]) -> Bool[Tensor, "*circuit edge"]:
+        """Circuits, and the skip connections without which their heads and MLPs would have nothing to read.
+
+        These lead from the embedding of a token up to where the token is last read, or up to the prediction.
+        """
+        by_kind = unflatten(self, kept, False)
+        read = by_kind["head"].any(-3).any(-2)  # [*circuit, layer, src]
+        skips = [kind for kind in self.shapes if kind.startswith("resid")]
+        wanted = torch.zeros_like(read[..., 0, :])
+        wanted[..., -1] = True
+        for layer in reversed(range(self.n_layers)):
+            for kind in skips:
+                by_kind[kind][..., layer, :] |= wanted & self.exists[kind][layer]
+            wanted = wanted | read[..., layer, :]
+        return flatten(self, by_kind)
 
     def to_dict(self) -> dict[str, Any]:
         return {"graph": "token", **asdict(self)}
+
+
+def _patched(value: Tensor, absent: Tensor, instead: Tensor | None) -> Tensor:
+    """A value where edges are absent, all of it (booleans) or in shares."""
+    if absent.dtype == torch.bool:
+        return (
+            value.masked_fill(absent, 0.0) if instead is None else torch.where(absent, instead.to(value.dtype), value)
+        )
+    absent = absent.to(value.dtype)
+    return value * (1 - absent) if instead is None else value + absent * (instead.to(value.dtype) - value)

@@ -23,6 +23,7 @@ from tracedensity.score.eap import WORKSPACE, patching_scores
 from tracedensity.score.exact import exact_scores
 from tracedensity.score.flow import MEASURES, contribution_scores
 from tracedensity.score.reading import flow_scores, magnitude_scores
+from tracedensity.score.share import share_scores
 from tracedensity.setting import Setting, component_setting, gradients_at_once, rows_at_once, token_setting
 from tracedensity.task import Task
 
@@ -132,6 +133,7 @@ def attribute(
     ungroup: bool = False,
     positions: bool = False,
     neurons: bool = False,
+    target: str | int | None = None,
     position: int = -1,
     seed: int = 0,
     workspace: int | None = None,
@@ -142,9 +144,9 @@ def attribute(
     score is local to the state that the edge enters, and is not multiplied along paths. Contributions are those of
     the weights as they are: centring or folding weights gives other vectors, and other scores.
 
-    **Component graph.** A score is the effect on a metric, to first order or measured, of ablating the edge: the
-    change of the metric when the edge carries its ablated value, mean over examples. Edges that help a metric that is
-    to be high have negative scores; `Scores.rank` knows.
+    **Component graph,** and gradient methods on the token graph. A score is the effect on a metric, to first order
+    or measured, of ablating the edge: the change of the metric when the edge carries its ablated value, mean over
+    examples. Edges that help a metric that is to be high have negative scores; `Scores.rank` knows.
 
     Args:
         model: A HookedTransformer, or a name for `load_model`.
@@ -154,7 +156,10 @@ def attribute(
             2605.27033); ``"norm-l2"``: of the L2 norms; ``"norm-ratio"``: L1 norm over that of the state;
             ``"flow"``: share of the proximities ``max(0, |y| - |y - z|)`` in L1 norm (Information Flow
             Routes, arXiv 2403.00824, eq. 3-4); ``"flow-shifted"``: of the proximities less the smallest one
-            of the state (the density papers' code); ``"cosine"``: ``(1 + cos(z, y)) / 2``.
+            of the state (the density papers' code); ``"cosine"``: ``(1 + cos(z, y)) / 2``. ``"eap"``: minus the
+            derivative of the metric by the share of the edge that is kept, where all is kept; ``"eap-ig"``: its mean
+            over the middles of `steps` equal steps from heads and MLPs ablated to nothing ablated, skip connections
+            kept.
             On the component graph ``"eap-ig"`` (default): edge attribution patching with gradients averaged over
             `steps` embeddings between ablated and clean, the clean one not among them (arXiv 2403.17806);
             ``"eap-ig-midpoint"`` (default under zero ablation): at the middles between them and the next; ``"eap"``: at
@@ -170,14 +175,19 @@ def attribute(
         metric: What the effect is on: ``"logit_diff"`` (default), ``"prob_diff"``, ``"logprob"`` of the answer (default
             without distractors), ``"kl"`` from the clean prediction, or a function of logits ``[row, d_vocab]`` and
             `Examples` that gives ``[row]``, higher being better. Without answers, the answer is what the model finds
-            most probable.
-        ablation: What an edge carries instead: ``"counterfactual"``, its value on the corrupted prompt (default);
+            most probable. On the token graph ``"eap"`` asks for ``"logprob"``, ``"eap-ig"`` for ``"kl"`` by default.
+        ablation: What an edge carries instead. On the token graph nothing, ``"zero"`` (default); ``"mean"``, what an
+            average token of the prompt brings; ``"resample"``, its value on the prompt with tokens drawn at random,
+            mean over 8 draws (the contribution methods know no ablation, but circuits are run with it). On the
+            component graph ``"counterfactual"``, its value on the corrupted prompt (default);
             ``"resample"``, its value on the prompt with tokens drawn at random (default without corrupted prompts);
             ``"zero"``; ``"mean"`` over the tokens of the clean prompts; ``"mean-positional"``, over clean prompts.
         steps: Points of the methods with `ig` in their names.
         ungroup: On the component graph, give query heads that share keys and values readers of their own.
         positions: Tell edges apart by token; the prompts must then be equally long.
-        neurons: Take every neuron of an MLP for a writer (gradient methods and random ones; for scores and rankings).
+        neurons: Take every neuron of an MLP for a writer, on the token graph for an edge (gradient methods and random
+            ones; on the component graph for scores and rankings only).
+        target: The token, text or id, whose probability is asked for, where a prompt has no answers.
         position: Which prediction to explain; tokens after it cannot matter and are left out. Tasks have their own.
         seed: For whatever is drawn at random.
         workspace: Bytes of scratch memory; results do not depend on it.
@@ -190,7 +200,8 @@ def attribute(
     """
     return scored(
         as_transformer(model), prompt, graph=graph, method=method, metric=metric, ablation=ablation, steps=steps,
-        ungroup=ungroup, positions=positions, neurons=neurons, position=position, seed=seed, workspace=workspace,
+        ungroup=ungroup, positions=positions, neurons=neurons, target=target, position=position, seed=seed,
+        workspace=workspace,
     )[1]  # fmt: skip
 
 
@@ -206,6 +217,7 @@ def scored(
     ungroup: bool,
     positions: bool,
     neurons: bool = False,
+    target: str | int | None = None,
     position: int,
     seed: int,
     workspace: int | None = None,
@@ -227,13 +239,22 @@ def scored(
     if steps < 1:
         raise ValueError(f"`steps` must be at least 1, got {steps}.")
     if graph == "token":
-        given = {"metric": metric is not None, "ungroup": ungroup, "positions": positions, "neurons": neurons}
-        if wrong := [name for name, value in given.items() if value]:
+        if wrong := [name for name, value in (("ungroup", ungroup), ("positions", positions)) if value]:
             raise ValueError(f"`{wrong[0]}` must be left out on the token graph, where it means nothing.")
-        setting = token_setting(model, prompt, ablation, position)
-        return setting, _token_scores(setting, method, seed, workspace or 2**22)
+        gradients = method in ("eap", "eap-ig")
+        given = {"metric": metric is not None, "target": target is not None}
+        if not gradients and (wrong := [name for name, value in given.items() if value]):
+            raise ValueError(f"`{wrong[0]}` must be left out for method {method!r}, which knows none. Use 'eap-ig'.")
+        if neurons and not gradients and not method.startswith("random"):
+            raise ValueError(f"`method` must be 'eap', 'eap-ig' or random for neurons, got {method!r}.")
+        with torch.inference_mode(False):
+            setting = token_setting(model, prompt, ablation, position, seed, neurons=neurons)
+            setting = _answered(setting, target)
+            token_graph = TokenGraph.of(model, setting.prompts.tokens.shape[1], neurons=neurons)
+            return setting, _token_scores(setting, token_graph, method, metric, steps, seed, workspace or 2**22)
     with torch.inference_mode(False):  # where the user is in it: there are no gradients there
         setting = component_setting(model, prompt, ablation, position, seed, neurons=neurons)
+        setting = _answered(setting, target)
         n_pos = setting.common_length() if positions else None
         component_graph = ComponentGraph.of(model, n_pos=n_pos, ungroup=ungroup, neurons=neurons)
         return setting, _component_scores(setting, component_graph, method, metric, steps, seed, workspace)
@@ -260,11 +281,7 @@ def _component_scores(
         "flow": lambda: flow_scores(setting, graph, rows_at_once(transformer, n_pos)),
         "magnitude": lambda: magnitude_scores(setting, graph, rows_at_once(transformer, n_pos)),
     }
-    if method in ("eap", "eap-qk", "relp") and helpful_sign(function) == 1:
-        raise ValueError(
-            f"`metric` must not be {name!r} for method {method!r}: a divergence from the clean prediction is flat "
-            "there, and its gradient is rounding alone. Use 'eap-ig'."
-        )
+    _require_slope(method, name, function)
     if method == "eap-qk" and (graph.n_pos is not None or graph.d_mlp):
         raise ValueError("`positions` and `neurons` must be left out for method 'eap-qk'. Use 'eap'.")
     if graph.d_mlp and method in ("exact", "flow", "magnitude"):
@@ -275,7 +292,6 @@ def _component_scores(
         elif method == "exact":
             values = exact_scores(setting, graph, function)
         else:
-            assert setting.ablated is not None
             values = patching_scores(
                 transformer, graph, examples, setting.ablated, function, method=method, steps=steps,
                 rows_at_once=gradients_at_once(transformer, n_pos), workspace=workspace or WORKSPACE,
@@ -283,14 +299,43 @@ def _component_scores(
     return Scores(graph, values, Provenance.of(setting, method, seed, name), sign)
 
 
-def _token_scores(setting: Setting, method: str, seed: int, workspace: int) -> Scores:
+def _answered(setting: Setting, target: int | str | None) -> Setting:
+    if target is None:
+        return setting
+    if setting.asked:
+        raise ValueError(f"`target` must be left to the task, which has answers of its own, got {target!r}.")
+    return setting.answered(setting.model.single_token(target, "target"))
+
+
+def _token_scores(
+    setting: Setting,
+    graph: TokenGraph,
+    method: str,
+    metric: str | Metric | None,
+    steps: int,
+    seed: int,
+    workspace: int,
+) -> Scores:
     generator = torch.Generator().manual_seed(seed)
-    tokens = setting.prompts.tokens[0]
-    graph = TokenGraph.of(setting.model, len(tokens))
+    name, sign = "", 0
     if method == "random":
         values = uniform_scores(graph, generator)
     elif method == "random-connected":
         values = arrival_scores(graph, generator)
+    elif method in ("eap", "eap-ig"):
+        name, function = named_metric(metric or ("logprob" if method == "eap" else "kl"), setting.examples)
+        _require_slope(method, name, function)
+        sign = helpful_sign(function)
+        values = share_scores(setting, graph, function, steps if method == "eap-ig" else None)
     else:
-        values = contribution_scores(setting.model, tokens, graph, MEASURES[method], workspace)
-    return Scores(graph, values, Provenance.of(setting, method, seed))
+        values = contribution_scores(setting.model, setting.prompts.tokens[0], graph, MEASURES[method], workspace)
+    return Scores(graph, values, Provenance.of(setting, method, seed, name), sign)
+
+
+def _require_slope(method: str, name: str, metric: Metric) -> None:
+    """Raise a ValueError if the metric has no gradient where the method takes it."""
+    if method in ("eap", "eap-qk", "relp") and helpful_sign(metric) == 1:
+        raise ValueError(
+            f"`metric` must not be {name!r} for method {method!r}: a divergence from the clean prediction is flat "
+            "there, and its gradient is rounding alone. Use 'eap-ig'."
+        )

@@ -66,7 +66,6 @@ def magnitude_scores(setting: Setting, graph: ComponentGraph, n_at_once: int) ->
     The same for all its readers, but that logits are read at the last token only.
     """
     model, examples = setting.model, setting.prompts
-    assert setting.ablated is not None
     scores = torch.zeros(graph.n_writers, graph.n_readers, graph.n_pos or 1, dtype=torch.float64, device=model.device)
     for part in examples.parts(n_at_once):
         some = examples[part]
