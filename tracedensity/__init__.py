@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from tracedensity.exchange import read_benchmark, write_benchmark, write_graphml
     from tracedensity.extract import Ranking
     from tracedensity.files import load
-    from tracedensity.graph.circuit import Circuit
+    from tracedensity.graph.circuit import Certificate, Circuit
     from tracedensity.graph.component import ComponentGraph
     from tracedensity.graph.token import TokenGraph
     from tracedensity.loading import load_model
+    from tracedensity.refinement import refine
     from tracedensity.score import Scores, attribute
     from tracedensity.task import Task
 
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 # function's place.
 _PUBLIC = {
     "Activations": "activations",
+    "Certificate": "graph.circuit",
     "Circuit": "graph.circuit",
     "ComponentGraph": "graph.component",
     "DensityCurve": "curve",
@@ -43,12 +45,14 @@ _PUBLIC = {
     "load_model": "loading",
     "minimality": "checks",
     "read_benchmark": "exchange",
+    "refine": "refinement",
     "write_benchmark": "exchange",
     "write_graphml": "exchange",
 }
 
 __all__ = [
     "Activations",
+    "Certificate",
     "Circuit",
     "ComponentGraph",
     "DensityCurve",
@@ -66,6 +70,7 @@ __all__ = [
     "load_model",
     "minimality",
     "read_benchmark",
+    "refine",
     "tasks",
     "write_benchmark",
     "write_graphml",

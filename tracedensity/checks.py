@@ -1,7 +1,7 @@
 """Checks of a circuit: is every edge needed, and is anything missing?"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -125,4 +125,4 @@ def _without(circuit: Circuit, flat: Tensor, edges: Tensor) -> Circuit:
     kept = flat.clone()
     kept[edges] = False
     masks: Mapping[str, Tensor] = unflatten(circuit.graph, kept, False)
-    return replace(circuit, kept=masks, faithfulness=None)
+    return circuit.of_edges(masks)

@@ -16,17 +16,15 @@ from tracedensity.choices import Attention, FaithfulnessMetric, Family, GraphNam
 from tracedensity.evaluation import (
     Sizes,
     as_sizes,
-    empty_values,
-    measure_of,
     paper_sizes,
-    recovered,
     require_options,
 )
 from tracedensity.extract import Ranking, rank_edges
 from tracedensity.faithfulness import CONVERSIONS, entropy, faithfulness
+from tracedensity.gauge import Gauge
 from tracedensity.graph.circuit import Circuit
 from tracedensity.graph.component import ComponentGraph
-from tracedensity.metric import QUESTIONS, Metric, named_metric
+from tracedensity.metric import QUESTIONS, Metric
 from tracedensity.model import as_transformer
 from tracedensity.provenance import Provenance
 from tracedensity.run import Conditions, run_family
@@ -441,23 +439,11 @@ def density(
     )  # fmt: skip
     require_options(scores.graph, attention, keep_residual, batch_size)
     ranking = scores.rank(family, signed=signed)
-    if metric is None:
-        metric = named_metric(None, setting.examples)[0] if setting.asked else "tv"
-    name = metric if isinstance(metric, str) else named_metric(metric, setting.examples)[0]
-    shares = name not in CONVERSIONS  # of the difference between the model and the circuit without edges
-    measured = measure_of(setting, {"": named_metric(metric, setting.examples)[1] if shares else name})
-    full = empty = None
-    if shares:
-        full = measured(setting.clean_logits[None], slice(None))[""][0].cpu()
-        empty = empty_values(setting, ranking.graph, measured)[""]
+    gauge = Gauge.of(setting, ranking.graph, metric)
+    name, full, empty = gauge.metric, gauge.full, gauge.empty
 
     def values_of(ranking: Ranking, sizes: Tensor, conditions: Conditions) -> Float[Tensor, "point example"]:
-        return run_family(setting, ranking.graph, ranking.rank, sizes, conditions, measured, batch_size)[""].cpu()
-
-    def faithfulness_of(values: Float[Tensor, "point example"]) -> Float[Tensor, " point"]:
-        if full is None or empty is None:
-            return faithfulness(name, values).double().mean(1)
-        return recovered(values.double().mean(1), full, empty)
+        return run_family(setting, ranking.graph, ranking.rank, sizes, conditions, gauge.measure, batch_size)[""].cpu()
 
     conditions = Conditions(False, keep_residual, attention, setting.ablation)
     more = as_sizes(sizes, ranking.n_edges)
@@ -467,12 +453,12 @@ def density(
     def measure(sizes: Tensor) -> Float[Tensor, "point curve"]:
         found = values_of(ranking, sizes, conditions)
         values.update(zip(sizes.tolist(), found, strict=True))
-        together = faithfulness_of(found).double()[:, None]
+        together = gauge.faithfulness(found).double()[:, None]
         return torch.cat([together, _each(found, name, full, empty).double()], 1) if per_example else together
 
     known = _refined(measure, torch.cat([grid, more]).unique(), thresholds)
     allowed = 1e-4 if transformer.dtype in (torch.float32, torch.float64) else 1e-2
-    if abs(known.faithfulness[-1] - 1) > allowed * (10 if shares else 1):
+    if abs(known.faithfulness[-1] - 1) > allowed * (1 if full is None else 10):
         raise ValueError(
             f"`model` must be reproduced by the circuit of all edges, got a faithfulness of "
             f"{known.faithfulness[-1]:.4f}: {transformer.name} computes something the {graph} graph does not describe."
@@ -484,11 +470,11 @@ def density(
         grown = rank_edges(ranking.graph, arrival, "top", ranking.provenance)
         on_tokens = not isinstance(ranking.graph, ComponentGraph)
         at_random = Conditions(False, on_tokens, attention, setting.ablation)
-        random = Points(coarse, faithfulness_of(values_of(grown, coarse, at_random)))
+        random = Points(coarse, gauge.faithfulness(values_of(grown, coarse, at_random)))
         complement = Conditions(True, False, attention, setting.ablation)
-        inverse = Points(coarse, faithfulness_of(values_of(ranking, coarse, complement)))
+        inverse = Points(coarse, gauge.faithfulness(values_of(ranking, coarse, complement)))
     top = setting.clean_logits[0].argmax()
-    several = shares or len(setting.examples) > 1
+    several = full is not None or len(setting.examples) > 1
     return DensityCurve(
         known.sizes, known.faithfulness, ranking, thresholds, name, conditions,
         entropy=float(entropy(setting.clean_logits).mean()),

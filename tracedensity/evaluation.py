@@ -13,13 +13,14 @@ from tracedensity.choices import Attention
 from tracedensity.choices import Metric as MetricName
 from tracedensity.extract import Ranking
 from tracedensity.faithfulness import CONVERSIONS, METRICS
+from tracedensity.gauge import empty_values, measure_of, recovered
 from tracedensity.graph import Graph
 from tracedensity.graph.circuit import Circuit
 from tracedensity.graph.component import ComponentGraph
 from tracedensity.graph.token import TokenGraph
-from tracedensity.metric import QUESTIONS, Metric, measure_circuits, named_metric
+from tracedensity.metric import QUESTIONS, Metric, named_metric
 from tracedensity.model import Transformer, as_transformer
-from tracedensity.run import Conditions, Measure, run_circuits, run_family, run_masks
+from tracedensity.run import Conditions, run_circuits, run_family
 from tracedensity.setting import Setting, component_setting, token_setting
 
 if TYPE_CHECKING:
@@ -261,23 +262,6 @@ def evaluate(
     return Evaluation(numbers, means, graph.n_edges, values, full, empty, after, shares)
 
 
-def recovered(
-    values: Float[Tensor, "*circuit"], full: Float[Tensor, " example"], empty: Float[Tensor, " example"]
-) -> Float[Tensor, "*circuit"]:
-    """Mean metrics as shares of the way from the empty circuit, 0, to the model, 1.
-
-    Raises:
-        ValueError: If the two are as good as equal.
-    """
-    top, bottom = full.double().mean(), empty.double().mean()
-    if (top - bottom).abs() <= 1e-6 * (1 + top.abs()):
-        raise ValueError(
-            f"`metric` must tell the model from the circuit without edges, got {float(top):.4g} for both: faithfulness "
-            "is a share of their difference. Take another metric, task or ablation."
-        )
-    return (values - bottom) / (top - bottom)
-
-
 def setting_for(
     model: Transformer, graph: Graph, prompt: object, ablation: str | None, position: int, seed: int
 ) -> Setting:
@@ -326,28 +310,6 @@ def named_metrics(metrics: str | Metric | Sequence[str | Metric] | None, setting
         if named.setdefault(name, metric) is not metric:
             raise ValueError(f"`metrics` must be functions of different names, got two called {name!r}.")
     return named
-
-
-def measure_of(setting: Setting, metrics: Mapping[str, str | Metric]) -> Measure:
-    """Metrics as functions of the logits of circuits on some of the examples."""
-
-    def measured(logits: Float[Tensor, "circuit example d_vocab"], part: slice) -> dict[str, Tensor]:
-        some = setting.examples[part]
-        return {
-            name: METRICS[metric](setting.clean_logits[part], logits)
-            if isinstance(metric, str)
-            else measure_circuits(metric, logits, some)
-            for name, metric in metrics.items()
-        }
-
-    return measured
-
-
-def empty_values(setting: Setting, graph: Graph, measure: Measure) -> dict[str, Float[Tensor, " example"]]:
-    """The circuit without edges, measured: under most ablations that is no plain run on anything."""
-    nothing = {kind: torch.zeros(1, *shape, dtype=torch.bool) for kind, shape in graph.shapes.items()}
-    values = run_masks(setting, graph, nothing, Conditions(ablation=setting.ablation), measure)
-    return {name: value[0].cpu() for name, value in values.items()}
 
 
 def require_options(graph: Graph, attention: str | None, keep_residual: bool | None, batch_size: int | None) -> None:

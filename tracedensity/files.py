@@ -18,7 +18,7 @@ from torch import Tensor
 from tracedensity.curve import DensityCurve, Points
 from tracedensity.extract import Ranking
 from tracedensity.graph import graph_from_dict
-from tracedensity.graph.circuit import Circuit
+from tracedensity.graph.circuit import Certificate, Circuit
 from tracedensity.provenance import Provenance
 from tracedensity.run import Conditions
 
@@ -36,7 +36,11 @@ def save_circuit(circuit: Circuit, path: str | PathLike[str]) -> None:
         "metric": circuit.metric,
         "faithfulness": circuit.faithfulness,
     }
-    _write("circuit", dict(circuit.kept), about, path)
+    tensors = {kind: mask for kind, mask in circuit.kept.items()}
+    if (certificate := circuit.certificate) is not None:
+        tensors |= {f"needed/{kind}": mask for kind, mask in certificate.needed.items()}
+        about["certificate"] = {name: value for name, value in vars(certificate).items() if name != "needed"}
+    _write("circuit", tensors, about, path)
 
 
 def save_curve(curve: DensityCurve, path: str | PathLike[str]) -> None:
@@ -137,6 +141,8 @@ def _versions() -> dict[str, str]:
 
 
 def _read_circuit(tensors: dict[str, Tensor], about: dict[str, Any]) -> Circuit:
+    needed = {kind: tensors.pop(f"needed/{kind}") for kind in [*tensors] if f"needed/{kind}" in tensors}
+    known = about.get("certificate")
     return Circuit(
         graph_from_dict(about["graph"]),
         tensors,
@@ -146,6 +152,7 @@ def _read_circuit(tensors: dict[str, Tensor], about: dict[str, Any]) -> Circuit:
         attention=about["attention"],
         metric=about["metric"],
         faithfulness=about["faithfulness"],
+        certificate=None if known is None else Certificate(**known, needed=needed),
     )
 
 

@@ -1,10 +1,10 @@
 """Circuits: a choice of edges, and what it was chosen for."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool
@@ -26,6 +26,57 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
+class Certificate:
+    """What a search for a small circuit did, and what is known of the circuit that it found.
+
+    The faithfulness itself is the circuit's own, measured once more when the search was over; anybody can measure it
+    again with `Circuit.verify`.
+
+    Attributes:
+        target: Faithfulness that was asked for.
+        budget: What the search was allowed to spend, in plain forward passes over the prompt or task.
+        passes: What it spent: a run of a circuit counts 1, one with gradients 3.
+        seed: Seed of what was drawn at random.
+        start_size: Size of the circuit from which the search started; of the whole graph if that one was not faithful.
+        n_candidates: Edges of the circuit that a search may take away: those that its conditions do not keep anyhow.
+        needed: For each kind of edge, those without which the circuit was run and fell short of the target.
+        interrupted: Whether the search was interrupted before it had spent its budget.
+    """
+
+    target: float
+    budget: int
+    passes: int
+    seed: int
+    start_size: int
+    n_candidates: int
+    needed: Mapping[str, Bool[Tensor, "..."]] = field(repr=False)
+    interrupted: bool = False
+
+    @property
+    def n_needed(self) -> int:
+        """Number of edges none of which can go by itself."""
+        return sum(int(mask.sum()) for mask in self.needed.values())
+
+    @property
+    def one_minimal(self) -> bool:
+        """Whether no edge at all can go by itself. Several together may still be able to."""
+        return self.n_needed == self.n_candidates
+
+    def to_dict(self) -> dict[str, Any]:
+        """As what JSON can hold; of the edges that are needed their number."""
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "needed"}
+        return {**values, "n_needed": self.n_needed, "one_minimal": self.one_minimal}
+
+    def __str__(self) -> str:
+        if self.one_minimal:
+            known = "no edge can go by itself"
+        else:
+            known = f"{self.n_needed:,} of {self.n_candidates:,} edges are known to be needed"
+        stopped = ", interrupted" if self.interrupted else ""
+        return f"asked for {self.target:g}, {known}; {self.passes:,} of {self.budget:,} passes spent{stopped}"
+
+
+@dataclass(frozen=True, eq=False)
 class Circuit:
     """Some edges of a graph, which can be run in place of the whole model.
 
@@ -38,6 +89,7 @@ class Circuit:
         attention: "masked", or "open" if absent attention edges are counted but not ablated.
         metric: What faithfulness means here, a name of `tracedensity.faithfulness`.
         faithfulness: Measured faithfulness on the prompt; None if the circuit has not been run.
+        certificate: What is known of it, if it was made as small as a search could make it (`td.refine`).
     """
 
     graph: Graph
@@ -48,6 +100,7 @@ class Circuit:
     attention: Attention | str = "masked"
     metric: FaithfulnessMetric | str = "tv"
     faithfulness: float | None = None
+    certificate: Certificate | None = None
 
     def __post_init__(self) -> None:
         shapes = {kind: tuple(mask.shape) for kind, mask in self.kept.items()}
@@ -86,7 +139,11 @@ class Circuit:
         ablated value. Under other ablations a writer without in-edges writes what it makes of ablated input.
         """
         flat = pruned(self.graph, flatten(self.graph, self.kept))
-        return replace(self, kept=unflatten(self.graph, flat, False), faithfulness=None)
+        return self.of_edges(unflatten(self.graph, flat, False))
+
+    def of_edges(self, kept: Mapping[str, Bool[Tensor, "..."]]) -> "Circuit":
+        """Other edges for the same prompt, run the same way; what was known of these is not known of those."""
+        return replace(self, kept=kept, faithfulness=None, certificate=None)
 
     @cached_property
     def pruned_size(self) -> int:
@@ -125,8 +182,7 @@ class Circuit:
             raise TypeError(f"`other` must be a circuit, got a {type(other).__name__}.")
         if self.graph != other.graph:
             raise ValueError(f"`other` must be a circuit of the same graph, {self.graph}, got {other.graph}.")
-        kept = {kind: operation(mask, other.kept[kind]) for kind, mask in self.kept.items()}
-        return replace(self, kept=kept, faithfulness=None)
+        return self.of_edges({kind: operation(mask, other.kept[kind]) for kind, mask in self.kept.items()})
 
     def subgraph(self, *, layers: Sequence[int] | None = None, heads: Sequence[str] | None = None) -> "Circuit":
         """The edges with both ends in some layers, or with an end at some heads; see `ComponentGraph.select`.
@@ -139,8 +195,7 @@ class Circuit:
                 f"`circuit` must be of a component graph for this, got one of {type(self.graph).__name__}."
             )
         chosen = self.graph.select(layers=layers, heads=heads)
-        kept = {kind: mask & chosen[kind] for kind, mask in self.kept.items()}
-        return replace(self, kept=kept, faithfulness=None)
+        return self.of_edges({kind: mask & chosen[kind] for kind, mask in self.kept.items()})
 
     def to_networkx(self, scores: "Scores | None" = None) -> "nx.MultiDiGraph":
         """As a networkx graph; see `tracedensity.exchange`, which also writes GraphML and the MIB benchmark's JSON."""
@@ -234,4 +289,5 @@ class Circuit:
 
     def __repr__(self) -> str:
         measured = "not run" if self.faithfulness is None else f"faithfulness {self.faithfulness:.3f}"
-        return f"Circuit({self.n_edges} of {self.graph.n_edges} edges, {measured}, {self.provenance})"
+        known = "" if self.certificate is None else f"; {self.certificate}"
+        return f"Circuit({self.n_edges} of {self.graph.n_edges} edges, {measured}, {self.provenance}{known})"

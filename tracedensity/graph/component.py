@@ -481,10 +481,20 @@ class _PatchedRun:
 
     def _after_embedding(self, value: Tensor) -> Tensor:
         change = self._change(self.ablated.embed, full_precision(value))
-        n_groups, n_tokens, d_model = change.shape
-        self.changes = change.new_zeros(n_groups, self.graph.n_writers, n_tokens, d_model)
-        self.changes[:, 0] = change
+        if (
+            not torch.is_grad_enabled()
+        ):  # room for all of them at once; what is to be differentiated cannot be overwritten
+            n_groups, n_tokens, d_model = change.shape
+            self.changes = change.new_zeros(n_groups, self.graph.n_writers, n_tokens, d_model)
+        self._keep(slice(0, 1), change[:, None])
         return value
+
+    def _keep(self, writers: slice, changes: Float[Tensor, "group writer token d_model"]) -> None:
+        if not torch.is_grad_enabled():
+            assert self.changes is not None
+            self.changes[:, writers] = changes
+        else:
+            self.changes = changes if self.changes is None else torch.cat([self.changes, changes], dim=1)
 
     def _entering(self, value: Tensor) -> Tensor:
         self.stream = full_precision(value)
@@ -499,26 +509,25 @@ class _PatchedRun:
         return value
 
     def _after_attention(self, value: Tensor, layer: int) -> Tensor:
-        assert self.z is not None and self.changes is not None
+        assert self.z is not None
         z = self.z if self.scale is None else self.z / self.scale
         change = self._change(self.ablated.z[layer], z)
         written = torch.einsum("gthk,hkd->ghtd", change, self.rows.model.head_weights(layer).to(change.dtype))
-        self.changes[:, self.graph.heads_of(layer)] = written
+        self._keep(self.graph.heads_of(layer), written)
         return value
 
     def _after_mlp(self, value: Tensor, layer: int) -> Tensor:
-        assert self.changes is not None
         change = self._change(self.ablated.mlp_out[layer], full_precision(value))
-        self.changes[:, self.graph.mlp_of(layer)] = change[:, None]
+        self._keep(self.graph.mlp_of(layer), change[:, None])
         return value
 
     # -- readers -----------------------------------------------------------------------------------
 
-    def _mask(self, name: str, layer: int) -> Bool[Tensor, "group writer reader"] | None:
-        """Absent edges into the readers of a name and layer; None if all are kept."""
+    def _mask(self, name: str, layer: int) -> Shaped[Tensor, "group writer reader"] | None:
+        """Absent edges into the readers of a name and layer, or their shares; None if all are kept."""
         where = (slice(self.graph.n_read(name, layer)), self.graph.readers_of(name, layer))
         mask = self.dropped("edge", where)
-        if mask is None or not mask.any():
+        if mask is None or (mask.dtype == torch.bool and not mask.any()):
             return None
         return mask if self.graph.n_pos is None else mask.permute(0, 3, 1, 2).flatten(0, 1)
 
@@ -540,7 +549,12 @@ class _PatchedRun:
         All readers of the layer get their patches from one matrix product, some tokens at a time.
         """
         masks = {name: mask for name in "qkv" if (mask := self._mask(name, layer)) is not None}
-        touched = {name: mask.any(1).any(0).nonzero()[:, 0] for name, mask in masks.items()}
+        touched = {
+            name: mask.any(1).any(0).nonzero()[:, 0]
+            if mask.dtype == torch.bool
+            else torch.arange(mask.shape[2], device=mask.device)
+            for name, mask in masks.items()
+        }
         if not masks:
             return {}
         assert self.changes is not None and self.stream is not None

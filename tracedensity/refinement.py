@@ -1,0 +1,592 @@
+"""Refinement: circuits made as small as a budget of runs can make them, each one measured."""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import index
+from typing import SupportsIndex
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tracedensity.choices import Attention
+from tracedensity.evaluation import require_options, setting_for
+from tracedensity.extract import Ranking
+from tracedensity.gauge import Gauge
+from tracedensity.graph import Graph, flatten, unflatten
+from tracedensity.graph.circuit import Certificate, Circuit
+from tracedensity.metric import Metric
+from tracedensity.model import as_transformer
+from tracedensity.run import Conditions, run_masks, run_shares
+from tracedensity.setting import Setting
+
+GRADIENT_PASSES = 3
+"""What a run with gradients counts in plain forward passes: the backward pass takes about two of them."""
+
+_ROUNDING = 1e-6
+"""Faithfulness of the whole graph is 1 up to this."""
+
+# How a search goes about it. `python -m benchmarks.tightness` prints what comes of other values.
+_OFFERED = 6  # edges that are tried one by one when a circuit grows
+_MERGED = 5  # at most so many of them enter together
+_RESTING = 6  # rounds for which an edge that has just been flipped is not flipped back
+_CHUNKS = 16  # parts that are taken away one by one when a circuit is pruned
+_TOGETHER = 16  # edges that are taken away one by one in a run when single edges are tried
+_GROWTH = 0.25, 500  # share of the budget for growing a circuit from nothing, and most passes for it
+
+Mask = Bool[Tensor, " edge"]
+
+
+def refine(
+    model: object,
+    prompt: object,
+    circuit_or_ranking: Circuit | Ranking,
+    faithfulness: float = 0.9,
+    *,
+    budget: SupportsIndex = 400,
+    seed: SupportsIndex = 0,
+    metric: str | Metric | None = None,
+    ablation: str | None = None,
+    keep_residual: bool | None = None,
+    attention: Attention | str | None = None,
+    position: int = -1,
+    batch_size: int | None = None,
+) -> Circuit:
+    """Look for the smallest circuit that is faithful enough, and return it with a certificate.
+
+    No search proves that a circuit is the smallest (`td.smallest` does, on small graphs). This one returns a circuit
+    that was run and reached the target, and says what else it measured: whether any single edge could go.
+
+    1. A circuit *grows* from nothing: the edges whose gradients promise most are tried one by one, in one batch,
+       and the best of them enter together if that is better still. Heads and MLPs enter with the skip connections
+       that feed them. This finds what is really small in a few dozen runs.
+    2. If that does not reach the target soon, the given circuit is *pruned*: split into chunks by gradient, each of
+       which is taken away in a run of its own; those that can go go together, as many as can. Gradients are taken again
+       on what is left.
+    3. Single edges are *swept* until none of them can go alone.
+    4. Until the budget is spent, some edges at random are taken out and others grow in their place (ruin and
+       recreate); a circuit of the same size or less takes the place of the old one.
+
+    Edges are never dropped because they look dead: queries and keys are no edges of the token graph, so that an edge
+    whose target cannot reach the output can matter all the same.
+
+    Args:
+        model: The model, or a name for `load_model`.
+        prompt: The prompt, or on the component graph the task.
+        circuit_or_ranking: Where to start: a circuit, or a ranking, whose first circuit that is faithful enough it is.
+        faithfulness: What the circuit has to reach, in (0, 1].
+        budget: Runs that may be spent, in plain forward passes over the prompt or all of the task's examples; a run
+            with gradients counts 3. It is never exceeded.
+        seed: For whatever is drawn at random. The same seed gives the same circuit.
+        metric: What faithfulness means, see `td.density`; by default as the circuit says, or the ranking's scores.
+        ablation: What replaces an absent edge; by default as for the circuit or the ranking.
+        keep_residual: Keep all skip connections without counting them; by default as the circuit says, else no.
+        attention: As for `td.evaluate`.
+        position: Which prediction of the prompt is explained.
+        batch_size: Circuits per forward pass.
+
+    Returns:
+        The smallest circuit found, measured, with `Circuit.certificate`. If nothing smaller was found it is the start,
+        or all edges if the start is not faithful enough. Interrupted (Ctrl-C), the best so far, with a warning.
+
+    Raises:
+        ValueError: If an argument is not as described, or a value inside the model is not finite.
+
+    References:
+        Chunked removal: delta debugging (Zeller, Hildebrandt 2002). Gradients of shares of edges: attribution patching
+        (arXiv 2310.10348), and Edge Pruning (2406.16778), which learns such shares.
+    """
+    if not isinstance(circuit_or_ranking, Circuit | Ranking):
+        raise ValueError(
+            f"`circuit_or_ranking` must be a circuit or a ranking, got {type(circuit_or_ranking).__name__}."
+        )
+    given, graph = circuit_or_ranking, circuit_or_ranking.graph
+    require_options(graph, attention, keep_residual, batch_size)
+    about = given if isinstance(given, Circuit) else given.circuit(0)
+    transformer = as_transformer(model)
+    ablation = about.ablation if ablation is None else ablation
+    keeps = about.keep_residual if keep_residual is None else keep_residual
+    setting = setting_for(transformer, graph, prompt, ablation, position, about.provenance.seed)
+    conditions = Conditions(False, keeps, attention or about.attention, setting.ablation)
+    gauge = Gauge.of(setting, graph, about.metric if metric is None else metric)
+    return refined([Ground(graph, conditions, gauge, batch_size)], given, faithfulness, budget=budget, seed=seed)
+
+
+@dataclass(frozen=True, eq=False)
+class Ground:
+    """Where circuits are tried: a prompt or task with what replaces absent edges, and a gauge.
+
+    Attributes:
+        graph: What the edges are.
+        conditions: How circuits are run.
+        gauge: How they are measured.
+        batch_size: Circuits per forward pass.
+    """
+
+    graph: Graph
+    conditions: Conditions
+    gauge: Gauge
+    batch_size: int | None = None
+
+    @property
+    def setting(self) -> Setting:
+        return self.gauge.setting
+
+    def tried(self, kept: Bool[Tensor, "circuit edge"]) -> "Trial":
+        """Circuits, run."""
+        values = run_masks(
+            self.setting, self.graph, unflatten(self.graph, kept, False), self.conditions, self.gauge.with_loss,
+            self.batch_size,
+        )  # fmt: skip
+        return Trial(self.gauge.faithfulness(values[""].cpu()), values["loss"].double().mean(1).cpu())
+
+    def slopes(self, kept: Mask) -> Float[Tensor, " edge"]:
+        """How the loss changes with the share of each edge that is kept, at a circuit."""
+        shares = kept.to(self.setting.model.full_dtype)[None]
+        _, slopes = run_shares(
+            self.setting, self.graph, unflatten(self.graph, shares, 0.0), self.conditions, self.gauge.with_loss
+        )
+        return flatten(self.graph, {kind: value[0] for kind, value in slopes.items()}).double()
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """What circuits did on the ground where they did worst.
+
+    Attributes:
+        faithfulness: The least one.
+        loss: What falls as faithfulness rises; summed over grounds.
+    """
+
+    faithfulness: Float[Tensor, " circuit"]
+    loss: Float[Tensor, " circuit"]
+
+    def and_also(self, other: "Trial") -> "Trial":
+        """The same circuits on another ground as well."""
+        return Trial(torch.minimum(self.faithfulness, other.faithfulness), self.loss + other.loss)
+
+
+def refined(
+    grounds: Sequence[Ground],
+    start: Circuit | Ranking,
+    faithfulness: float,
+    *,
+    budget: SupportsIndex,
+    seed: SupportsIndex,
+    others: Sequence[Circuit] = (),
+) -> Circuit:
+    """`refine` on grounds of one graph, on all of which the circuit has to be faithful.
+
+    Args:
+        grounds: Where circuits are tried. What the circuit says of itself is about the first.
+        start: Where to start.
+        faithfulness: What the circuit has to reach everywhere.
+        budget: Runs that may be spent; each ground counts.
+        seed: For whatever is drawn at random.
+        others: Circuits that may be good starts too.
+    """
+    budget, seed = index(budget), index(seed)
+    if isinstance(faithfulness, bool) or not isinstance(faithfulness, float | int) or not 0 < faithfulness <= 1:
+        raise ValueError(f"`faithfulness` must be above 0 and at most 1, got {faithfulness!r}.")
+    if budget < len(grounds) + 1:
+        raise ValueError(f"`budget` must be at least {len(grounds) + 1} passes, to measure one circuit, got {budget}.")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"`seed` must be from 0 to 2**63 - 1, got {seed}.")
+    first = grounds[0]
+    # what is left over for the last run, in which the circuit is measured by itself, as others will measure it
+    search = Search(grounds, float(faithfulness), budget - 1, seed)
+    interrupted = False
+    try:
+        with torch.inference_mode(False):
+            search.go(start, others)
+    except _SpentError:
+        pass
+    except KeyboardInterrupt:
+        interrupted = True
+        warnings.warn(
+            f"interrupted after {search.passes} of {budget} passes: this is the best circuit so far, of "
+            f"{search.size(search.best)} edges.",
+            stacklevel=3,
+        )
+    measured = float(first.tried(search.best[None]).faithfulness)
+    provenance = start.provenance
+    certificate = Certificate(
+        float(faithfulness), budget, search.passes + 1, seed, search.start_size, search.size(search.best),
+        unflatten(first.graph, search.needed, False), interrupted,
+    )  # fmt: skip
+    return Circuit(
+        first.graph,
+        unflatten(first.graph, search.best, False),
+        provenance,
+        ablation=first.conditions.ablation,
+        keep_residual=first.conditions.keep_residual,
+        attention=first.conditions.attention,
+        metric=first.gauge.metric,
+        faithfulness=measured,
+        certificate=certificate,
+    )
+
+
+class _SpentError(Exception):
+    """The budget is spent."""
+
+
+class Search:
+    """A search for a small circuit: what it has spent, and the best that it has found.
+
+    Circuits are masks of edges in canonical order; edges that the conditions keep anyhow are in none of them.
+
+    Attributes:
+        passes: What has been spent, in plain forward passes.
+        best: The smallest circuit that reached the target, of equals the most faithful one.
+        needed: Edges of it without which it was run and fell short.
+        start_size: Its size at the start.
+    """
+
+    def __init__(self, grounds: Sequence[Ground], target: float, budget: int, seed: int) -> None:
+        self.grounds, self.graph, self.budget = grounds, grounds[0].graph, budget
+        self.target = min(target, 1 - _ROUNDING)
+        self.generator = torch.Generator().manual_seed(seed)
+        conditions = grounds[0].conditions
+        kinds = {
+            kind: torch.tensor(kind.startswith("resid")).expand(shape) for kind, shape in self.graph.shapes.items()
+        }
+        always = {kind: torch.tensor(conditions.keeps_all(kind)).expand(s) for kind, s in self.graph.shapes.items()}
+        self.free = ~flatten(self.graph, always)
+        self.skips = flatten(self.graph, kinds) & self.free
+        self.passes = 0
+        self.best = self.free.clone()
+        self.best_faithfulness = 1.0
+        self.needed = torch.zeros_like(self.free)
+        self.start_size = self.size(self.best)
+
+    # -- runs --------------------------------------------------------------------------------------
+
+    @property
+    def left(self) -> int:
+        return self.budget - self.passes
+
+    def size(self, kept: Mask) -> int:
+        return int(kept.sum())
+
+    def tried(self, kept: Bool[Tensor, "circuit edge"]) -> Trial:
+        """Run circuits; the best is remembered.
+
+        Raises:
+            _SpentError: If not all of them could be run. Those that could have been.
+        """
+        affordable = kept[: self.left // len(self.grounds)]
+        if not len(affordable):
+            raise _SpentError
+        self.passes += len(affordable) * len(self.grounds)
+        trial = self.grounds[0].tried(affordable)
+        for ground in self.grounds[1:]:
+            trial = trial.and_also(ground.tried(affordable))
+        self._remember(affordable, trial)
+        if len(affordable) < len(kept):
+            raise _SpentError
+        return trial
+
+    def _remember(self, kept: Bool[Tensor, "circuit edge"], trial: Trial) -> None:
+        for number in (trial.faithfulness >= self.target).nonzero()[:, 0].tolist():
+            faithfulness, size = float(trial.faithfulness[number]), self.size(kept[number])
+            if (size, -faithfulness) < (self.size(self.best), -self.best_faithfulness):
+                self.best, self.best_faithfulness = kept[number].clone(), faithfulness
+                self.needed = torch.zeros_like(self.free)
+
+    def faithful(self, trial: Trial) -> Bool[Tensor, " circuit"]:
+        return trial.faithfulness >= self.target
+
+    def slopes(self, kept: Mask) -> Float[Tensor, " edge"]:
+        """Gradient of the loss by what is kept of each edge; adding an edge of negative slope helps, to first order."""
+        if self.left < GRADIENT_PASSES * len(self.grounds):
+            raise _SpentError
+        self.passes += GRADIENT_PASSES * len(self.grounds)
+        total = self.grounds[0].slopes(kept)
+        for ground in self.grounds[1:]:
+            total = total + ground.slopes(kept)
+        return total
+
+    def fed(self, core: Bool[Tensor, "*circuit edge"]) -> Bool[Tensor, "*circuit edge"]:
+        """Circuits with the skip connections that their heads and MLPs need."""
+        return self.graph.fed(core) & self.free
+
+    # -- the search --------------------------------------------------------------------------------
+
+    def go(self, start: Circuit | Ranking, others: Sequence[Circuit]) -> None:
+        """Search until the budget is spent or there is nothing left to try."""
+        begin = self._begin(start)
+        for other in others:
+            self.tried((flatten(self.graph, other.kept) & self.free)[None])
+        if self.size(self.best) < self.size(begin):
+            begin = self.best
+        share, most = _GROWTH
+        found = self.grown(torch.zeros_like(self.free), min(share * self.budget, most), fed=True)
+        if found is None:
+            found = self.pruned(begin)
+        found = min((found, self.best), key=self.size)
+        found, losses = self.swept(found)
+        while self.size(found):
+            found, losses = self.renewed(found, losses)
+
+    def _begin(self, start: Circuit | Ranking) -> Mask:
+        """The given circuit, or the first of the ranking that is faithful enough; all edges if none is."""
+        if isinstance(start, Circuit):
+            begin = flatten(self.graph, start.kept) & self.free
+            if not bool(self.faithful(self.tried(begin[None]))):
+                return self.best
+        else:
+            rank = flatten(self.graph, start.rank)
+            order = rank.argsort()
+            order = order[self.free[order]]
+            found = self.shortest(torch.zeros_like(self.free), order)
+            begin = self.best if found is None else found
+        self.start_size = self.size(begin)
+        return begin
+
+    def shortest(self, base: Mask, order: Int[Tensor, " edge"]) -> Mask | None:
+        """A circuit with as few as possible of the edges first in an order: three rounds of brackets."""
+        low, high = 0, len(order)
+        found = None
+        for _ in range(3):
+            ratio = math.log(max(high, 1) / max(low, 1))
+            sizes = {round(max(low, 1) * math.exp(ratio * part / 9)) for part in range(1, 9)} - {low, high}
+            if not sizes:
+                break
+            some = sorted(sizes)
+            kept = base.repeat(len(some), 1)
+            for number, size in enumerate(some):
+                kept[number, order[:size]] = True
+            enough = self.faithful(self.tried(kept)).nonzero()[:, 0].tolist()
+            if enough:
+                found, high = kept[enough[0]], some[enough[0]]
+                low = some[enough[0] - 1] if enough[0] else low
+            else:
+                low = some[-1]
+        return found
+
+    def grown(
+        self,
+        core: Mask,
+        allowance: float,
+        *,
+        fed: bool,
+        most: int | None = None,
+        resting: Int[Tensor, " edge"] | None = None,
+    ) -> Mask | None:
+        """Let a circuit grow until it is faithful enough.
+
+        Args:
+            core: Where to start.
+            allowance: Passes that may be spent on it.
+            fed: Whether heads and MLPs come with the skip connections that feed them. Gradients are then taken with all
+                skip connections, since nothing can be promised by what has nothing to read.
+            most: Give up beyond this size.
+            resting: Edges that are not to be used.
+
+        Returns:
+            The circuit; None if it is not to be had.
+        """
+
+        def whole(core: Bool[Tensor, "*circuit edge"]) -> Bool[Tensor, "*circuit edge"]:
+            return self.fed(core) if fed else core
+
+        usable = self.free & ~self.skips if fed else self.free.clone()
+        if resting is not None:
+            usable[resting] = False
+        flipped_until = torch.zeros(len(core), dtype=torch.long)
+        start, turn, wider = self.passes, 0, False
+        trial = self.tried(whole(core)[None])
+        if self.faithful(trial).any():
+            return whole(core)
+        loss = float(trial.loss)
+        while self.passes - start < allowance and (most is None or self.size(whole(core)) <= most):
+            turn += 1
+            slopes = self.slopes(core | self.skips if fed else core)
+            rested = flipped_until < turn
+            absent = (~core & usable & rested).nonzero()[:, 0]
+            offered = absent[slopes[absent].argsort()[: _OFFERED * (4 if wider else 1)]]
+            present = (core & usable & rested).nonzero()[:, 0]
+            harmful = present[slopes[present].argsort(descending=True)[: 2 if len(present) > 3 else 0]]
+            units = torch.cat([offered, harmful])
+            if not len(units):
+                return None
+            flips = [*units.split(1), offered[:2], offered[:4]]
+            singles = self._flipped(core, flips, whole, loss)
+            good = singles.gain[: len(units)].argsort(descending=True)[:_MERGED]
+            good = good[singles.improvement[: len(units)][good] > 1e-4]
+            found = singles
+            if len(good) > 1:
+                merges = [units[good[:count]] for count in range(2, len(good) + 1)]
+                found = singles.and_also(self._flipped(core, merges, whole, loss))
+            if found.enough.any():
+                return whole(found.cores[found.smallest_enough])
+            best = int(found.gain.argmax())
+            if found.improvement[best] <= 1e-3 and not wider:
+                wider = True
+                continue
+            wider = False
+            flipped_until[found.cores[best] ^ core] = turn + _RESTING
+            core, loss = found.cores[best], float(found.losses[best])
+        return None
+
+    def _flipped(
+        self, core: Mask, flips: Sequence[Int[Tensor, " flip"]], whole: Callable[[Tensor], Tensor], loss: float
+    ) -> "_Flipped":
+        """Circuits in which some edges are flipped, run."""
+        cores = core.repeat(len(flips), 1)
+        for number, edges in enumerate(flips):
+            cores[number, edges] = ~cores[number, edges]
+        circuits = whole(cores)
+        trial = self.tried(circuits)
+        grown = (circuits.sum(1) - whole(core).sum()).double()
+        return _Flipped(cores, trial.loss, loss - trial.loss, grown, self.faithful(trial))
+
+    def pruned(self, circuit: Mask) -> Mask:
+        """Take away chunks of heads and MLPs, with the skip connections that only they needed.
+
+        Where the circuit with just the skip connections that feed it is not faithful, skip connections are edges like
+        any others.
+        """
+        by_core = bool(self.faithful(self.tried(self.fed(circuit & ~self.skips)[None])))
+        chosen = circuit & ~self.skips if by_core else circuit
+
+        def whole(core: Bool[Tensor, "*circuit edge"]) -> Bool[Tensor, "*circuit edge"]:
+            return self.fed(core) if by_core else core
+
+        finer = 1.0
+        while self.size(chosen) > _CHUNKS:
+            edges = chosen.nonzero()[:, 0]
+            edges = edges[self.slopes(whole(chosen))[edges].argsort(descending=True)]
+            length = max(1, int(len(edges) * finer / _CHUNKS))
+            fewer = self._without(chosen, list(edges.split(length))[:_CHUNKS], whole)
+            if fewer is not None:
+                chosen = fewer
+            elif length == 1:
+                break
+            else:
+                finer /= 2
+        return whole(chosen)
+
+    def swept(self, circuit: Mask) -> tuple[Mask, Float[Tensor, " edge"]]:
+        """Take away single edges until none can go alone.
+
+        Returns:
+            The circuit, and the loss of the circuit without each of its edges.
+        """
+        while True:
+            losses = torch.zeros(len(circuit), dtype=torch.float64)
+            edges = circuit.nonzero()[:, 0]
+            if not len(edges):
+                return circuit, losses
+            edges = edges[self.slopes(circuit)[edges].argsort(descending=True)]
+            before = self.size(circuit)
+            for some in edges.split(_TOGETHER):
+                some = some[circuit[some]]
+                if not len(some):
+                    continue
+                fewer = self._without(circuit, list(some.split(1)), lambda core: core, losses)
+                circuit = circuit if fewer is None else fewer
+            if self.size(circuit) == before:
+                return circuit, losses
+
+    def _without(
+        self,
+        chosen: Mask,
+        chunks: Sequence[Int[Tensor, " chunk"]],
+        whole: Callable[[Tensor], Tensor],
+        losses: Float[Tensor, " edge"] | None = None,
+    ) -> Mask | None:
+        """Take away each chunk by itself, then those that can go together, the least missed first; None if none can.
+
+        Args:
+            chosen: The circuit.
+            chunks: Its parts.
+            whole: What is run for such a choice of edges.
+            losses: Where the loss without each chunk is written.
+        """
+        cores = chosen.repeat(len(chunks), 1)
+        for number, chunk in enumerate(chunks):
+            cores[number, chunk] = False
+        trial = self.tried(whole(cores))
+        can_go = self.faithful(trial)
+        if losses is not None:
+            for number, chunk in enumerate(chunks):
+                losses[chunk] = trial.loss[number]
+            if torch.equal(whole(chosen), self.best):
+                self.needed[
+                    torch.cat(
+                        [chunk for chunk, gone in zip(chunks, can_go.tolist(), strict=True) if not gone]
+                        or [chunks[0][:0]]
+                    )
+                ] = True
+        least_missed = [number for number in trial.loss.argsort().tolist() if can_go[number]]
+        if len(least_missed) < 2:
+            return cores[least_missed[0]] if least_missed else None
+        together = torch.stack([cores[least_missed[:count]].all(0) for count in range(2, len(least_missed) + 1)])
+        enough = self.faithful(self.tried(whole(together))).nonzero()[:, 0]
+        return together[int(enough[-1])] if len(enough) else cores[least_missed[0]]
+
+    def renewed(self, circuit: Mask, losses: Float[Tensor, " edge"]) -> tuple[Mask, Float[Tensor, " edge"]]:
+        """Take some edges out, those that are missed less more often, and let others grow in their place.
+
+        Returns:
+            A circuit of the same size or smaller, and its losses; or the given ones.
+        """
+        fed = bool(self.skips.any()) and self._draw() < 0.5
+        core = circuit & ~self.skips if fed else circuit
+        edges = core.nonzero()[:, 0]
+        if not len(edges):
+            return circuit, losses
+        edges = edges[losses[edges].argsort()]
+        most = max(2, min(len(edges), round(len(edges) / 3)))
+        count = min(len(edges), (1 if fed else 2) + int(self._draw() * (most - 1)))
+        chances = torch.exp(-torch.arange(len(edges)) / (0.6 * len(edges) + 1))
+        out = edges[chances.multinomial(count, generator=self.generator)]
+        ruin = core.clone()
+        ruin[out] = False
+        resting = out if self._draw() < 0.5 else None
+        # skip connections that were swept away come back with what they feed, to be swept away again
+        room = self.size(circuit) + (2 if fed else -1)
+        found = self.grown(ruin, 90, fed=fed, most=room, resting=resting)
+        if found is None or self.size(found) > room + 1:
+            return circuit, losses
+        found, found_losses = self.swept(found)
+        return (found, found_losses) if self.size(found) <= self.size(circuit) else (circuit, losses)
+
+    def _draw(self) -> float:
+        return float(torch.rand((), generator=self.generator))
+
+
+@dataclass(frozen=True, eq=False)
+class _Flipped:
+    """Circuits that differ from one in a few edges.
+
+    Attributes:
+        cores: What was chosen.
+        losses: Their losses.
+        improvement: How much less that is.
+        grown: How many edges more they have.
+        enough: Which are faithful enough.
+    """
+
+    cores: Bool[Tensor, "circuit edge"]
+    losses: Float[Tensor, " circuit"]
+    improvement: Float[Tensor, " circuit"]
+    grown: Float[Tensor, " circuit"]
+    enough: Bool[Tensor, " circuit"]
+
+    @property
+    def gain(self) -> Float[Tensor, " circuit"]:
+        """Improvement for its price, which counts by its root: an edge that brings two skips along is not three."""
+        return torch.where(self.grown > 0, self.improvement / self.grown.clamp(min=1).sqrt(), self.improvement + 0.01)
+
+    @property
+    def smallest_enough(self) -> int:
+        return int(self.grown.masked_fill(~self.enough, torch.inf).argmin())
+
+    def and_also(self, other: "_Flipped") -> "_Flipped":
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return _Flipped(*(torch.cat(pair) for pair in pairs))
