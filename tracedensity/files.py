@@ -36,7 +36,7 @@ def save_circuit(circuit: Circuit, path: str | PathLike[str]) -> None:
         "metric": circuit.metric,
         "faithfulness": circuit.faithfulness,
     }
-    tensors = {kind: mask for kind, mask in circuit.kept.items()}
+    tensors = dict(circuit.kept)
     if (certificate := circuit.certificate) is not None:
         tensors |= {f"needed/{kind}": mask for kind, mask in certificate.needed.items()}
         about["certificate"] = {name: value for name, value in vars(certificate).items() if name != "needed"}

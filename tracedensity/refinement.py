@@ -3,7 +3,10 @@
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations, islice
 from operator import index
 from typing import SupportsIndex
 
@@ -35,6 +38,12 @@ _RESTING = 6  # rounds for which an edge that has just been flipped is not flipp
 _CHUNKS = 16  # parts that are taken away one by one when a circuit is pruned
 _TOGETHER = 16  # edges that are taken away one by one in a run when single edges are tried
 _GROWTH = 0.25, 500  # share of the budget for growing a circuit from nothing, and most passes for it
+_SWAPS = 64  # pairs of edges of which one is swapped for the other in a run
+_PATIENCE = 4  # swaps without improvement after which exchanging edges is given up
+_EXCHANGE = 400  # most passes for one attempt at it
+_SMALL = 64  # edges of a graph on which it may be of use to run all circuits of few edges
+_AT_ONCE = 2**12
+_RESERVE = 0.2  # share of the budget that may be kept for trying single edges in the end
 
 Mask = Bool[Tensor, " edge"]
 
@@ -134,6 +143,20 @@ class Ground:
     def setting(self) -> Setting:
         return self.gauge.setting
 
+    @cached_property
+    def free(self) -> Mask:
+        """Edges that can be taken away: the conditions do not keep them anyhow."""
+        return ~self._of_kinds(self.conditions.keeps_all)
+
+    @cached_property
+    def skips(self) -> Mask:
+        """Those of them that are skip connections."""
+        return self._of_kinds(lambda kind: kind.startswith("resid")) & self.free
+
+    def _of_kinds(self, chosen: Callable[[str], bool]) -> Mask:
+        shapes = self.graph.shapes
+        return flatten(self.graph, {kind: torch.tensor(chosen(kind)).expand(shape) for kind, shape in shapes.items()})
+
     def tried(self, kept: Bool[Tensor, "circuit edge"]) -> "Trial":
         """Circuits, run."""
         values = run_masks(
@@ -195,14 +218,12 @@ def refined(
     if not 0 <= seed < 2**63:
         raise ValueError(f"`seed` must be from 0 to 2**63 - 1, got {seed}.")
     first = grounds[0]
-    # what is left over for the last run, in which the circuit is measured by itself, as others will measure it
+    # one pass is left over for the last run, in which the circuit is measured by itself, as others will measure it
     search = Search(grounds, float(faithfulness), budget - 1, seed)
     interrupted = False
     try:
         with torch.inference_mode(False):
             search.go(start, others)
-    except _SpentError:
-        pass
     except KeyboardInterrupt:
         interrupted = True
         warnings.warn(
@@ -211,15 +232,14 @@ def refined(
             stacklevel=3,
         )
     measured = float(first.tried(search.best[None]).faithfulness)
-    provenance = start.provenance
     certificate = Certificate(
         float(faithfulness), budget, search.passes + 1, seed, search.start_size, search.size(search.best),
-        unflatten(first.graph, search.needed, False), interrupted,
+        unflatten(first.graph, search.needed, False), search.minimum, interrupted,
     )  # fmt: skip
     return Circuit(
         first.graph,
         unflatten(first.graph, search.best, False),
-        provenance,
+        start.provenance,
         ablation=first.conditions.ablation,
         keep_residual=first.conditions.keep_residual,
         attention=first.conditions.attention,
@@ -240,33 +260,34 @@ class Search:
 
     Attributes:
         passes: What has been spent, in plain forward passes.
-        best: The smallest circuit that reached the target, of equals the most faithful one.
+        reserve: Of what is left, what is kept for trying single edges in the end.
+        best: The smallest circuit that reached the target, the first of equals.
         needed: Edges of it without which it was run and fell short.
         start_size: Its size at the start.
+        n_run_out: All circuits of fewer edges than this were run.
     """
 
     def __init__(self, grounds: Sequence[Ground], target: float, budget: int, seed: int) -> None:
         self.grounds, self.graph, self.budget = grounds, grounds[0].graph, budget
         self.target = min(target, 1 - _ROUNDING)
         self.generator = torch.Generator().manual_seed(seed)
-        conditions = grounds[0].conditions
-        kinds = {
-            kind: torch.tensor(kind.startswith("resid")).expand(shape) for kind, shape in self.graph.shapes.items()
-        }
-        always = {kind: torch.tensor(conditions.keeps_all(kind)).expand(s) for kind, s in self.graph.shapes.items()}
-        self.free = ~flatten(self.graph, always)
-        self.skips = flatten(self.graph, kinds) & self.free
-        self.passes = 0
+        self.free, self.skips = grounds[0].free, grounds[0].skips
+        self.passes = self.reserve = 0
         self.best = self.free.clone()
-        self.best_faithfulness = 1.0
         self.needed = torch.zeros_like(self.free)
         self.start_size = self.size(self.best)
+        self.n_run_out = 0
 
     # -- runs --------------------------------------------------------------------------------------
 
     @property
     def left(self) -> int:
-        return self.budget - self.passes
+        return self.budget - self.passes - self.reserve
+
+    @property
+    def minimum(self) -> bool:
+        """Whether all circuits smaller than the best were run."""
+        return self.n_run_out >= self.size(self.best)
 
     def size(self, kept: Mask) -> int:
         return int(kept.sum())
@@ -290,11 +311,18 @@ class Search:
         return trial
 
     def _remember(self, kept: Bool[Tensor, "circuit edge"], trial: Trial) -> None:
-        for number in (trial.faithfulness >= self.target).nonzero()[:, 0].tolist():
-            faithfulness, size = float(trial.faithfulness[number]), self.size(kept[number])
-            if (size, -faithfulness) < (self.size(self.best), -self.best_faithfulness):
-                self.best, self.best_faithfulness = kept[number].clone(), faithfulness
-                self.needed = torch.zeros_like(self.free)
+        faithful = self.faithful(trial)
+        fell_short = kept[~faithful]
+        gone = self.best & ~fell_short
+        self.needed |= gone[(gone.sum(1) == 1) & ~(fell_short & ~self.best).any(1)].any(0)
+        enough = faithful.nonzero()[:, 0]
+        if not len(enough):
+            return
+        found = kept[enough[kept[enough].sum(1).argmin()]]
+        if self.size(found) < self.size(self.best):
+            self.best, self.needed = found.clone(), torch.zeros_like(self.free)
+            price = len(self.grounds) * self.size(found) * 5 // 4 + GRADIENT_PASSES * len(self.grounds)
+            self.reserve = price if price <= _RESERVE * self.budget else 0
 
     def faithful(self, trial: Trial) -> Bool[Tensor, " circuit"]:
         return trial.faithfulness >= self.target
@@ -316,7 +344,17 @@ class Search:
     # -- the search --------------------------------------------------------------------------------
 
     def go(self, start: Circuit | Ranking, others: Sequence[Circuit]) -> None:
-        """Search until the budget is spent or there is nothing left to try."""
+        """Search until the budget is spent or all smaller circuits were run."""
+        with suppress(_SpentError):
+            self._look(start, others)
+        self.reserve = 0
+        if self.minimum:
+            self.needed = self.best.clone()
+        elif not torch.equal(self.needed, self.best):
+            with suppress(_SpentError):
+                self.swept(self.best)
+
+    def _look(self, start: Circuit | Ranking, others: Sequence[Circuit]) -> None:
         begin = self._begin(start)
         for other in others:
             self.tried((flatten(self.graph, other.kept) & self.free)[None])
@@ -324,12 +362,21 @@ class Search:
             begin = self.best
         share, most = _GROWTH
         found = self.grown(torch.zeros_like(self.free), min(share * self.budget, most), fed=True)
-        if found is None:
-            found = self.pruned(begin)
-        found = min((found, self.best), key=self.size)
-        found, losses = self.swept(found)
-        while self.size(found):
-            found, losses = self.renewed(found, losses)
+        if found is not None:
+            found, _ = self.swept(found)
+        if found is None or self.left // 4 >= most:
+            self.pruned(begin, math.inf if found is None else self.left // 4)
+        found, losses = self.swept(self.best)
+        while True:
+            if self.size(self.free) <= _SMALL:
+                self.exhausted()
+                if self.minimum:
+                    break
+                if self._draw() < 0.9:
+                    self.wandered()
+                    continue
+            improve = self.renewed if self._draw() < 0.5 else self.exchanged
+            found, losses = improve(found, losses)
 
     def _begin(self, start: Circuit | Ranking) -> Mask:
         """The given circuit, or the first of the ranking that is faithful enough; all edges if none is."""
@@ -444,12 +491,17 @@ class Search:
         grown = (circuits.sum(1) - whole(core).sum()).double()
         return _Flipped(cores, trial.loss, loss - trial.loss, grown, self.faithful(trial))
 
-    def pruned(self, circuit: Mask) -> Mask:
+    def pruned(self, circuit: Mask, allowance: float) -> Mask:
         """Take away chunks of heads and MLPs, with the skip connections that only they needed.
 
         Where the circuit with just the skip connections that feed it is not faithful, skip connections are edges like
         any others.
+
+        Args:
+            circuit: A circuit that is faithful enough.
+            allowance: Passes that may be spent on it.
         """
+        start = self.passes
         by_core = bool(self.faithful(self.tried(self.fed(circuit & ~self.skips)[None])))
         chosen = circuit & ~self.skips if by_core else circuit
 
@@ -457,7 +509,7 @@ class Search:
             return self.fed(core) if by_core else core
 
         finer = 1.0
-        while self.size(chosen) > _CHUNKS:
+        while self.size(chosen) > _CHUNKS and self.passes - start < allowance:
             edges = chosen.nonzero()[:, 0]
             edges = edges[self.slopes(whole(chosen))[edges].argsort(descending=True)]
             length = max(1, int(len(edges) * finer / _CHUNKS))
@@ -515,13 +567,6 @@ class Search:
         if losses is not None:
             for number, chunk in enumerate(chunks):
                 losses[chunk] = trial.loss[number]
-            if torch.equal(whole(chosen), self.best):
-                self.needed[
-                    torch.cat(
-                        [chunk for chunk, gone in zip(chunks, can_go.tolist(), strict=True) if not gone]
-                        or [chunks[0][:0]]
-                    )
-                ] = True
         least_missed = [number for number in trial.loss.argsort().tolist() if can_go[number]]
         if len(least_missed) < 2:
             return cores[least_missed[0]] if least_missed else None
@@ -555,6 +600,97 @@ class Search:
             return circuit, losses
         found, found_losses = self.swept(found)
         return (found, found_losses) if self.size(found) <= self.size(circuit) else (circuit, losses)
+
+    def exchanged(self, circuit: Mask, losses: Float[Tensor, " edge"]) -> tuple[Mask, Float[Tensor, " edge"]]:
+        """Look for a circuit of one edge less: swap edges for others, the best swap first, until it is faithful.
+
+        A swap is made even if it is for the worse; what was swapped rests for a while.
+
+        Returns:
+            The circuit and its losses; or the given ones.
+        """
+        state = circuit.clone()
+        edges = state.nonzero()[:, 0]
+        edges = edges[losses[edges].argsort()]
+        # mostly one edge less; now and then several, since there may be faithful circuits of fewer but not of those
+        count = 1 + int((len(edges) - 1) * self._draw() ** 3)
+        chances = torch.exp(-torch.arange(len(edges)).double() / count)
+        out = edges[chances.multinomial(count, generator=self.generator)]
+        state[out] = False
+        rests_until = torch.zeros(len(state), dtype=torch.long)
+        rests_until[out] = 2
+        start, turn, lowest, since = self.passes, 0, math.inf, 0
+        while since < _PATIENCE and self.passes - start < _EXCHANGE:
+            turn += 1
+            usable = self.free & (rests_until < turn)
+            inside, outside = (state & usable).nonzero()[:, 0], (~state & usable).nonzero()[:, 0]
+            if len(inside) * len(outside) > _SWAPS:
+                slopes = self.slopes(state)
+                outside = outside[slopes[outside].argsort()[: 2 * _SWAPS // 12]]
+                inside = inside[slopes[inside].argsort(descending=True)[: _SWAPS // len(outside)]]
+            swaps = torch.cartesian_prod(inside, outside)
+            if not len(swaps):
+                break
+            candidates = state.repeat(len(swaps), 1)
+            number = torch.arange(len(swaps))
+            candidates[number, swaps[:, 0]] = False
+            candidates[number, swaps[:, 1]] = True
+            trial = self.tried(candidates)
+            if self.faithful(trial).any():
+                return self.swept(candidates[int(trial.faithfulness.argmax())])
+            best = int(trial.loss.argmin())
+            state = candidates[best]
+            rests_until[swaps[best]] = turn + 2 + int(self._draw() * 4)
+            since = 0 if float(trial.loss[best]) < lowest else since + 1
+            lowest = min(lowest, float(trial.loss[best]))
+        return circuit, losses
+
+    def wandered(self) -> None:
+        """Walk to and fro across the target on a small graph: from a random circuit, all single flips being run.
+
+        Where the circuit is faithful, the edge goes that is missed least; where not, the flip is made that helps most.
+        What was flipped rests for a while.
+        """
+        free = self.free.nonzero()[:, 0]
+        n_free, lowest = len(free), max(1, self.n_run_out)
+        state = torch.zeros_like(self.free)
+        size = lowest + int(self._draw() * max(1, self.size(self.best) - lowest))
+        state[free[torch.randperm(n_free, generator=self.generator)[:size]]] = True
+        faithful, rests_until = False, torch.zeros(n_free, dtype=torch.long)
+        for turn in range(2 * n_free):
+            movable = rests_until <= turn
+            if faithful or self.size(state) >= self.size(self.best):
+                movable &= state[free]
+            moves = free[movable]
+            if not len(moves):
+                break
+            candidates = state.repeat(len(moves), 1)
+            number = torch.arange(len(moves))
+            candidates[number, moves] = ~candidates[number, moves]
+            trial = self.tried(candidates)
+            best = int(trial.loss.argmin())
+            state, faithful = candidates[best], bool(self.faithful(trial)[best])
+            rests_until[movable.nonzero()[best]] = turn + 2 + int(self._draw() * 4)
+
+    def exhausted(self) -> None:
+        """Run all circuits of few edges, smallest first, as far as a third of what is left goes.
+
+        On small graphs that may be all that are smaller than the best, which then is the smallest there is.
+        """
+        free = self.free.nonzero()[:, 0]
+        while not self.minimum:
+            sizes = range(self.n_run_out, self.size(self.best))
+            n_circuits = [math.comb(len(free), size) for size in sizes]
+            allowance = self.left // len(self.grounds)
+            if n_circuits[0] > allowance // 3 and sum(n_circuits) > allowance:
+                return
+            combined = combinations(range(len(free)), self.n_run_out)
+            while some := list(islice(combined, _AT_ONCE)):
+                kept = torch.zeros(len(some), len(self.free), dtype=torch.bool)
+                chosen = free[torch.tensor(some, dtype=torch.long).view(len(some), -1)]
+                kept[torch.arange(len(some))[:, None], chosen] = True
+                self.tried(kept)
+            self.n_run_out += 1
 
     def _draw(self) -> float:
         return float(torch.rand((), generator=self.generator))

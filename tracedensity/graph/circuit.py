@@ -40,6 +40,7 @@ class Certificate:
         start_size: Size of the circuit from which the search started; of the whole graph if that one was not faithful.
         n_candidates: Edges of the circuit that a search may take away: those that its conditions do not keep anyhow.
         needed: For each kind of edge, those without which the circuit was run and fell short of the target.
+        minimum: Whether all circuits with fewer edges were run as well, and fell short.
         interrupted: Whether the search was interrupted before it had spent its budget.
     """
 
@@ -50,6 +51,7 @@ class Certificate:
     start_size: int
     n_candidates: int
     needed: Mapping[str, Bool[Tensor, "..."]] = field(repr=False)
+    minimum: bool = False
     interrupted: bool = False
 
     @property
@@ -68,7 +70,9 @@ class Certificate:
         return {**values, "n_needed": self.n_needed, "one_minimal": self.one_minimal}
 
     def __str__(self) -> str:
-        if self.one_minimal:
+        if self.minimum:
+            known = "no smaller circuit is that faithful"
+        elif self.one_minimal:
             known = "no edge can go by itself"
         else:
             known = f"{self.n_needed:,} of {self.n_candidates:,} edges are known to be needed"

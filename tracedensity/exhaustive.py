@@ -1,0 +1,61 @@
+"""Exhaustion: on small graphs every circuit is run, so that the smallest are known."""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tracedensity.refinement import Ground
+
+MOST_EDGES = 22
+"""Four million circuits are run on a graph of so many edges."""
+
+_AT_ONCE = 2**14
+
+
+def best_of_each_size(ground: Ground) -> tuple[Float[Tensor, " size"], Bool[Tensor, "size edge"]]:
+    """The most faithful circuit of every number of edges, all circuits having been run.
+
+    Args:
+        ground: Where circuits are run.
+
+    Returns:
+        Faithfulness by number of edges, from none to all that the conditions do not keep anyhow, and the circuits; of
+        equally faithful ones the one that comes first when edges are counted in binary.
+
+    Raises:
+        ValueError: If the graph has too many edges for that.
+    """
+    free = ground.free.nonzero()[:, 0]
+    n_free = len(free)
+    if n_free > MOST_EDGES:
+        raise ValueError(
+            f"`method` must not be 'exhaustive' for a graph of {n_free:,} edges that can be taken away, the most is "
+            f"{MOST_EDGES}: every one of the circuits is run. Use 'best' with `refine=True`."
+        )
+    faithfulness = torch.full((n_free + 1,), -torch.inf, dtype=torch.float64)
+    number = torch.zeros(n_free + 1, dtype=torch.long)
+    for numbers in _numbers(n_free):
+        chosen = _bits(numbers, n_free)
+        kept = torch.zeros(len(numbers), ground.graph.n_edges, dtype=torch.bool)
+        kept[:, free] = chosen
+        found = ground.tried(kept).faithfulness
+        size = chosen.sum(1)
+        for each in size.unique().tolist():
+            here = size == each
+            best = found[here].argmax()
+            if found[here][best] > faithfulness[each]:
+                faithfulness[each] = found[here][best]
+                number[each] = numbers[here][best]
+    circuits = torch.zeros(n_free + 1, ground.graph.n_edges, dtype=torch.bool)
+    circuits[:, free] = _bits(number, n_free)
+    return faithfulness, circuits
+
+
+def _numbers(n_bits: int) -> Iterator[Int[Tensor, " number"]]:
+    yield from torch.arange(2**n_bits).split(_AT_ONCE)
+
+
+def _bits(numbers: Int[Tensor, " number"], n_bits: int) -> Bool[Tensor, "number bit"]:
+    return (numbers[:, None] >> torch.arange(n_bits) & 1).bool()
