@@ -246,7 +246,7 @@ def test_help_names_the_defaults_of_the_library():
     assert all(defaults.get(name) is None for name in decided_by_the_graph)
     said["graph"] = said["graph"].removesuffix("; component for tasks")
     assert said == {name: str(defaults[name]) for name in said}
-    assert said.keys() == {"model", "graph", "family", "thresholds", "attention", "steps", "position", "seed"}
+    assert said.keys() == {"model", "graph", "family", "thresholds", "attention", "steps", "position", "seed", "budget"}
 
 
 def test_help_names_the_metrics_that_measure_faithfulness():

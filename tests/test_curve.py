@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import tracedensity as td
-from tracedensity.curve import Points, _refined, density
+from tracedensity.curve import Points
+from tracedensity.estimation import _bracketed, density
 from tracedensity.evaluation import paper_sizes
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -61,7 +62,7 @@ def test_refinement_brackets_every_crossing_to_two_percent(seed):
         return torch.stack([truth, other], dim=1)[sizes]
 
     thresholds = (0.5, 0.8, 0.9, 0.99)
-    points = _refined(measure, paper_sizes(n_edges).unique(), thresholds)
+    points = _bracketed(measure, paper_sizes(n_edges).unique(), thresholds)
     sizes = points.sizes.tolist()
     assert points.faithfulness.tolist() == truth[sizes].tolist()
     for threshold, curve in itertools.product(thresholds, (truth, other)):

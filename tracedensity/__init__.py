@@ -7,7 +7,8 @@ if TYPE_CHECKING:
     from tracedensity import tasks
     from tracedensity.activations import Activations, capture
     from tracedensity.checks import completeness, minimality
-    from tracedensity.curve import DensityCurve, density
+    from tracedensity.curve import DensityCurve
+    from tracedensity.estimation import density
     from tracedensity.evaluation import Evaluation, evaluate
     from tracedensity.exchange import read_benchmark, write_benchmark, write_graphml
     from tracedensity.extract import Ranking
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from tracedensity.refinement import refine
     from tracedensity.score import Scores, attribute
     from tracedensity.task import Task
+    from tracedensity.tight import TightCurve
 
 __version__ = "0.1.0"
 
@@ -35,11 +37,12 @@ _PUBLIC = {
     "Ranking": "extract",
     "Scores": "score",
     "Task": "task",
+    "TightCurve": "tight",
     "TokenGraph": "graph.token",
     "attribute": "score",
     "capture": "activations",
     "completeness": "checks",
-    "density": "curve",
+    "density": "estimation",
     "evaluate": "evaluation",
     "load": "files",
     "load_model": "loading",
@@ -60,6 +63,7 @@ __all__ = [
     "Ranking",
     "Scores",
     "Task",
+    "TightCurve",
     "TokenGraph",
     "attribute",
     "capture",

@@ -16,6 +16,9 @@ ComponentMethod = Literal[
 Method = Literal[TokenMethod, ComponentMethod]
 """How edges are scored, see `tracedensity.attribute`."""
 
+DensityMethod = Literal[Method, "best", "exhaustive"]
+"""What circuits a density curve is made of, see `tracedensity.density`."""
+
 GraphName = Literal["token", "component"]
 """What an edge is, see `TokenGraph` and `ComponentGraph`."""
 

@@ -17,6 +17,7 @@ from tracedensity.choices import (
     Ablation,
     Attention,
     ComponentMethod,
+    DensityMethod,
     FaithfulnessMetric,
     Family,
     GraphName,
@@ -135,8 +136,24 @@ def density(
     n: CountOption = None,
     solved: SolvedOption = False,
     same_length: LengthOption = False,
-    method: MethodOption = None,
+    method: Annotated[
+        DensityMethod | None,
+        typer.Option(
+            help="How edges are scored; the best of several methods; or all circuits of a small graph are run.",
+            show_default="norm; as for `circuit` on the component graph",
+        ),
+    ] = None,
     family: FamilyOption = None,
+    refine: Annotated[
+        bool | None,
+        typer.Option("--refine", help="Search for smaller circuits at every threshold.", show_default=False),
+    ] = None,
+    budget: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="What the search may spend per threshold, in forward passes.", show_default="400"
+        ),
+    ] = None,
     thresholds: Annotated[
         str | None,
         typer.Option(
@@ -199,6 +216,8 @@ def density(
         method=method,
         family=family,
         signed=signed,
+        refine=refine,
+        budget=budget,
         ablation=ablation,
         steps=steps,
         ungroup=ungroup,

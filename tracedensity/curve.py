@@ -1,8 +1,6 @@
 """Density curves: how faithful the circuit of each size is, and the smallest that is faithful enough."""
 
 import html
-import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import index
 from os import PathLike
@@ -12,33 +10,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tracedensity.choices import Attention, FaithfulnessMetric, Family, GraphName, Method, Question
-from tracedensity.evaluation import (
-    Sizes,
-    as_sizes,
-    paper_sizes,
-    require_options,
-)
-from tracedensity.extract import Ranking, rank_edges
-from tracedensity.faithfulness import CONVERSIONS, entropy, faithfulness
-from tracedensity.gauge import Gauge
+from tracedensity.choices import FaithfulnessMetric
+from tracedensity.evaluation import paper_sizes
+from tracedensity.extract import Ranking
+from tracedensity.faithfulness import faithfulness
 from tracedensity.graph.circuit import Circuit
-from tracedensity.graph.component import ComponentGraph
-from tracedensity.metric import QUESTIONS, Metric
-from tracedensity.model import as_transformer
 from tracedensity.provenance import Provenance
-from tracedensity.run import Conditions, run_family
-from tracedensity.score import scored
-from tracedensity.score.baseline import arrival_scores
+from tracedensity.run import Conditions
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
 THRESHOLDS = (0.5, 0.8, 0.9, 0.95, 0.99)
-PRECISION = 0.02
-"""A crossing of a threshold is known to this share of its size, or to one edge."""
-
 _ROUNDING = 1e-6  # faithfulness of the whole graph is 1 only up to rounding
 
 
@@ -161,8 +145,8 @@ class DensityCurve(Points):
         Raises:
             ValueError: If the threshold is outside (0, 1].
         """
-        _require_thresholds((threshold,))
-        return int(self.sizes[_crossings(self.faithfulness, float(threshold))[stable]])
+        require_thresholds((threshold,))
+        return int(self.sizes[crossings(self.faithfulness, float(threshold))[stable]])
 
     def circuit(
         self, *, faithfulness: float | int | None = None, size: SupportsIndex | None = None, stable: bool = False
@@ -211,7 +195,7 @@ class DensityCurve(Points):
         """
         if self.values is None:
             raise ValueError("`curve` must be of several examples to be looked at one by one, got one prompt.")
-        return _each(self.values, self.metric, self.full, self.empty)
+        return each_of(self.values, self.metric, self.full, self.empty)
 
     def minimal_size_per_example(self, threshold: float | int, stable: bool = False) -> Int[Tensor, " example"]:
         """`minimal_size` on each example by itself, among the circuits that were run.
@@ -222,9 +206,9 @@ class DensityCurve(Points):
         Raises:
             ValueError: If the threshold is outside (0, 1], or there is one example only.
         """
-        _require_thresholds((threshold,))
+        require_thresholds((threshold,))
         columns = self.faithfulness_per_example().T
-        return self.sizes[[_crossings(column, float(threshold))[stable] for column in columns]]
+        return self.sizes[[crossings(column, float(threshold))[stable] for column in columns]]
 
     def table(self) -> "pd.DataFrame":
         """One row per threshold: first and stable minimal size, in edges and as shares, and what the first reaches."""
@@ -275,7 +259,7 @@ class DensityCurve(Points):
             "sizes": self.sizes.tolist(),
             "faithfulness": self.faithfulness.tolist(),
             "minimal_size": {
-                _plain(row["threshold"]): {
+                plain(row["threshold"]): {
                     "first": row["size"],
                     "stable": row["stable_size"],
                     **({"pruned": row["pruned_size"]} if "pruned_size" in row else {}),
@@ -300,7 +284,7 @@ class DensityCurve(Points):
         if self.full is not None and self.empty is not None:
             about |= {"full": float(self.full.mean()), "empty": float(self.empty.mean())}
         if about.get("n_examples", 1) > 1 and self.values is not None:
-            sizes = {_plain(each): self.minimal_size_per_example(each).tolist() for each in self.thresholds}
+            sizes = {plain(each): self.minimal_size_per_example(each).tolist() for each in self.thresholds}
             about["minimal_size_per_example"] = sizes
         return about
 
@@ -342,13 +326,13 @@ class DensityCurve(Points):
         for row in self._rows():
             name, size, fraction, stable = (row[k] for k in ("threshold", "size", "fraction", "stable_size"))
             pruned = f"{row['pruned_size']:>16,}" if "pruned_size" in row else ""
-            lines.append(f"{_plain(name):>12}{size:>12,} edges{fraction:>9.2%}{stable:>14,}{pruned}")
+            lines.append(f"{plain(name):>12}{size:>12,} edges{fraction:>9.2%}{stable:>14,}{pruned}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         pruned = self.pruned_sizes is not None
         rows = "".join(
-            f"<tr><td>{_plain(row['threshold'])}</td><td>{row['size']:,}</td><td>{row['fraction']:.2%}</td>"
+            f"<tr><td>{plain(row['threshold'])}</td><td>{row['size']:,}</td><td>{row['fraction']:.2%}</td>"
             f"<td>{row['stable_size']:,}</td>{_cell(row['pruned_size']) if pruned else ''}</tr>"
             for row in self._rows()
         )
@@ -361,136 +345,7 @@ class DensityCurve(Points):
         )
 
 
-def density(
-    model: object,
-    prompt: object,
-    *,
-    graph: GraphName | str = "token",
-    method: Method | str | None = None,
-    family: Family | str = "greedy",
-    signed: bool = False,
-    thresholds: Sequence[float | int] = THRESHOLDS,
-    metric: FaithfulnessMetric | Question | str | Metric | None = None,
-    ablation: str | None = None,
-    steps: int = 5,
-    ungroup: bool = False,
-    positions: bool = False,
-    keep_residual: bool = False,
-    attention: Attention | str = "masked",
-    sizes: Sizes = (),
-    per_example: bool = False,
-    baselines: bool = True,
-    position: int = -1,
-    seed: int = 0,
-    batch_size: int | None = None,
-) -> DensityCurve:
-    """How small a circuit can be and still reproduce a prediction, at each faithfulness.
-
-    Scores every edge, orders them, runs the circuits of the density papers' 27 sizes, and then circuits
-    between them until every crossing of a threshold that these sizes show is known to 2% or one edge.
-
-    Args:
-        model: A HookedTransformer, or a name for `load_model`.
-        prompt: Text, token ids, or a ``[pos]`` tensor; on the component graph a `Task` as well.
-        graph: ``"token"``, see `TokenGraph`; ``"component"``, see `ComponentGraph`.
-        method: How edges are scored, see `attribute`.
-        family: How scores become an order, see `tracedensity.extract.rank_edges`.
-        signed: Of effects, put edges that help first and those that hurt last; else by the size of the effect.
-        thresholds: Faithfulnesses in (0, 1] whose minimal sizes are wanted.
-        metric: Faithfulness is ``1 - TV`` for ``"tv"`` (default for prompts), ``exp(-KL)`` for ``"kl"``, ``1 - JS / ln
-            2`` for ``"js"``, agreement on the first token for ``"top1"``, recovered mass for ``"nucleus"``, each the
-            mean over examples. For ``"logit_diff"`` (default for tasks), ``"prob_diff"``, ``"logprob"`` and functions
-            it is the share of the way from the circuit without edges to the model, ``(m(circuit) - m(empty)) /
-            (m(model) - m(empty))``, of means over examples.
-        ablation: What replaces an absent edge, see `attribute`.
-        steps: As for `attribute`.
-        ungroup: As for `attribute`.
-        positions: As for `attribute`.
-        keep_residual: Keep all skip connections, in the circuit or not (token graph).
-        attention: ``"open"`` counts absent attention edges but does not ablate them (the density papers' public code).
-        sizes: Numbers of edges to run as well, for instance a ``range`` that covers a small graph.
-        per_example: Refine the curve of every example of a task as well, for `DensityCurve.minimal_size_per_example`;
-            takes several times as many circuits.
-        baselines: Whether to run the random and the inverse baseline as well.
-        position: Which prediction to explain; tokens after it cannot matter and are left out. Tasks have their own.
-        seed: For whatever is drawn at random.
-        batch_size: Circuits per forward pass; by default as many as memory allows.
-
-    Returns:
-        The curve, from which circuits, tables and figures are made.
-
-    Raises:
-        ValueError: If an argument is not as described, or a value inside the model is not finite.
-    """
-    _require_thresholds(tuple(thresholds))
-    thresholds = tuple(sorted({float(threshold) for threshold in thresholds}))
-    usual = [*CONVERSIONS, *([] if graph == "token" else QUESTIONS)]
-    for option, given in (("per_example", per_example), ("signed", signed)):
-        if given and graph == "token":
-            raise ValueError(f"`{option}` must be left out on the token graph, where it means nothing.")
-    if not (metric is None or callable(metric) or metric in usual) or (graph == "token" and callable(metric)):
-        raise ValueError(f"`metric` must be one of {list(dict.fromkeys(usual))}, got {metric!r}.")
-    # a metric of the prediction as a whole has no gradient that would say much: edges are scored by the question's own
-    asked = metric if callable(metric) or metric not in CONVERSIONS else None
-    transformer = as_transformer(model)
-    setting, scores = scored(
-        transformer, prompt, graph=graph, method=method, metric=asked, ablation=ablation, steps=steps,
-        ungroup=ungroup, positions=positions, position=position, seed=seed,
-    )  # fmt: skip
-    require_options(scores.graph, attention, keep_residual, batch_size)
-    ranking = scores.rank(family, signed=signed)
-    gauge = Gauge.of(setting, ranking.graph, metric)
-    name, full, empty = gauge.metric, gauge.full, gauge.empty
-
-    def values_of(ranking: Ranking, sizes: Tensor, conditions: Conditions) -> Float[Tensor, "point example"]:
-        return run_family(setting, ranking.graph, ranking.rank, sizes, conditions, gauge.measure, batch_size)[""].cpu()
-
-    conditions = Conditions(False, keep_residual, attention, setting.ablation)
-    more = as_sizes(sizes, ranking.n_edges)
-    grid = paper_sizes(ranking.n_edges).unique()
-    values: dict[int, Tensor] = {}
-
-    def measure(sizes: Tensor) -> Float[Tensor, "point curve"]:
-        found = values_of(ranking, sizes, conditions)
-        values.update(zip(sizes.tolist(), found, strict=True))
-        together = gauge.faithfulness(found).double()[:, None]
-        return torch.cat([together, _each(found, name, full, empty).double()], 1) if per_example else together
-
-    known = _refined(measure, torch.cat([grid, more]).unique(), thresholds)
-    allowed = 1e-4 if transformer.dtype in (torch.float32, torch.float64) else 1e-2
-    if abs(known.faithfulness[-1] - 1) > allowed * (1 if full is None else 10):
-        raise ValueError(
-            f"`model` must be reproduced by the circuit of all edges, got a faithfulness of "
-            f"{known.faithfulness[-1]:.4f}: {transformer.name} computes something the {graph} graph does not describe."
-        )
-    random = inverse = None
-    if baselines:
-        coarse = torch.cat([grid[:-1:2], grid[-1:]])
-        arrival = arrival_scores(ranking.graph, torch.Generator().manual_seed(seed))
-        grown = rank_edges(ranking.graph, arrival, "top", ranking.provenance)
-        on_tokens = not isinstance(ranking.graph, ComponentGraph)
-        at_random = Conditions(False, on_tokens, attention, setting.ablation)
-        random = Points(coarse, gauge.faithfulness(values_of(grown, coarse, at_random)))
-        complement = Conditions(True, False, attention, setting.ablation)
-        inverse = Points(coarse, gauge.faithfulness(values_of(ranking, coarse, complement)))
-    top = setting.clean_logits[0].argmax()
-    several = full is not None or len(setting.examples) > 1
-    return DensityCurve(
-        known.sizes, known.faithfulness, ranking, thresholds, name, conditions,
-        entropy=float(entropy(setting.clean_logits).mean()),
-        top_token=int(top),
-        top_text=transformer.texts([int(top)])[0],
-        top_probability=float(setting.clean_logits[0].softmax(-1)[top]),
-        random=random,
-        inverse=inverse,
-        values=torch.stack([values[size] for size in known.sizes.tolist()]) if several else None,
-        full=full,
-        empty=empty,
-        pruned_sizes=ranking.sizes_after_pruning(known.sizes) if isinstance(ranking.graph, ComponentGraph) else None,
-    )  # fmt: skip
-
-
-def _crossings(faithfulness: Float[Tensor, " point"], threshold: float) -> tuple[int, int]:
+def crossings(faithfulness: Float[Tensor, " point"], threshold: float) -> tuple[int, int]:
     """Which point is the first to reach a threshold, and from which one on all do."""
     reached = faithfulness >= threshold - _ROUNDING
     reached[-1] = True  # the whole graph is the model
@@ -498,7 +353,7 @@ def _crossings(faithfulness: Float[Tensor, " point"], threshold: float) -> tuple
     return int(reached.nonzero()[0]), int(failed[-1]) + 1 if len(failed) else 0
 
 
-def _each(
+def each_of(
     values: Float[Tensor, "point example"],
     metric: str,
     full: Float[Tensor, " example"] | None,
@@ -510,41 +365,16 @@ def _each(
     return (values - empty) / (full - empty)
 
 
-def _refined(
-    measure: Callable[[Tensor], Float[Tensor, "point curve"]],
-    grid: Int[Tensor, " point"],
-    thresholds: tuple[float, ...],
-) -> Points:
-    """Measure a grid of sizes, then halve (on the log scale) every bracket that holds a minimal size of some curve.
-
-    All brackets of a round are measured together. The points are those of the first curve.
-    """
-    sizes, heights = grid, measure(grid).double()
-    while True:
-        wanted = set()
-        for threshold in thresholds:
-            for upper in {crossing for column in heights.T for crossing in _crossings(column, threshold)} - {0}:
-                low, high = sizes[upper - 1 : upper + 1].tolist()
-                if high - low > 1 and high > low * (1 + PRECISION):
-                    middle = round(math.sqrt(max(low, 1) * high))
-                    wanted.add(min(max(middle, low + 1), high - 1))
-        if not wanted:
-            return Points(sizes, heights[:, 0])
-        more = torch.tensor(sorted(wanted))
-        sizes, order = torch.cat([sizes, more]).sort()
-        heights = torch.cat([heights, measure(more).double()])[order]
-
-
 def _cell(number: int) -> str:
     return f"<td>{number:,}</td>"
 
 
-def _plain(threshold: float) -> str:
+def plain(threshold: float) -> str:
     """All digits of a threshold, and no others: 0.9, 1."""
     return repr(threshold).removesuffix(".0")
 
 
-def _require_thresholds(thresholds: tuple[float | int, ...]) -> None:
+def require_thresholds(thresholds: tuple[float | int, ...]) -> None:
     bad = [each for each in thresholds if not isinstance(each, float | int) or not 0 < each <= 1]
     if bad or not thresholds:
         raise ValueError(f"`thresholds` must be faithfulnesses above 0 and at most 1, got {bad or 'none'}.")

@@ -21,13 +21,31 @@ from tracedensity.graph import graph_from_dict
 from tracedensity.graph.circuit import Certificate, Circuit
 from tracedensity.provenance import Provenance
 from tracedensity.run import Conditions
+from tracedensity.tight import TightCurve
 
 _FORMAT = 1
 
 
 def save_circuit(circuit: Circuit, path: str | PathLike[str]) -> None:
     """Write a circuit: its masks, and all that `Circuit` says of it."""
-    about = {
+    _write("circuit", *_circuit_parts(circuit), path)
+
+
+def save_curve(curve: DensityCurve, path: str | PathLike[str]) -> None:
+    """Write a curve with its ranking, from which its circuits are made again."""
+    _write("density", *_curve_parts(curve), path)
+
+
+def save_tight_curve(curve: TightCurve, path: str | PathLike[str]) -> None:
+    """Write the curves and circuits that a tight curve is the envelope of."""
+    parts = {f"family{number}": _curve_parts(each) for number, each in enumerate((curve.published, *curve.families))}
+    parts |= {f"circuit{number}": _circuit_parts(circuit) for number, circuit in enumerate(curve.refined)}
+    tensors = {f"{part}:{name}": value for part, (values, _) in parts.items() for name, value in values.items()}
+    _write("tight", tensors, {"parts": {part: about for part, (_, about) in parts.items()}}, path)
+
+
+def _circuit_parts(circuit: Circuit) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    about: dict[str, Any] = {
         "graph": circuit.graph.to_dict(),
         "provenance": circuit.provenance.to_dict(),
         "ablation": circuit.ablation,
@@ -40,11 +58,10 @@ def save_circuit(circuit: Circuit, path: str | PathLike[str]) -> None:
     if (certificate := circuit.certificate) is not None:
         tensors |= {f"needed/{kind}": mask for kind, mask in certificate.needed.items()}
         about["certificate"] = {name: value for name, value in vars(certificate).items() if name != "needed"}
-    _write("circuit", tensors, about, path)
+    return tensors, about
 
 
-def save_curve(curve: DensityCurve, path: str | PathLike[str]) -> None:
-    """Write a curve with its ranking, from which its circuits are made again."""
+def _curve_parts(curve: DensityCurve) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {f"rank/{kind}": rank for kind, rank in curve.ranking.rank.items()}
     tensors |= {"sizes": curve.sizes, "faithfulness": curve.faithfulness}
     for name, points in (("random", curve.random), ("inverse", curve.inverse)):
@@ -67,7 +84,7 @@ def save_curve(curve: DensityCurve, path: str | PathLike[str]) -> None:
         "top_text": curve.top_text,
         "top_probability": curve.top_probability,
     }
-    _write("density", tensors, about, path)
+    return tensors, about
 
 
 def replace_file(path: str | PathLike[str], content: str | bytes) -> None:
@@ -189,7 +206,18 @@ def _read_curve(tensors: dict[str, Tensor], about: dict[str, Any]) -> DensityCur
     )
 
 
+def _read_tight_curve(tensors: dict[str, Tensor], about: dict[str, Any]) -> TightCurve:
+    found: dict[str, list[Any]] = {"family": [], "circuit": []}
+    for part, values in about["parts"].items():
+        own = {name.removeprefix(f"{part}:"): value for name, value in tensors.items() if name.startswith(f"{part}:")}
+        kind = part.rstrip("0123456789")
+        found[kind].append((_read_curve if kind == "family" else _read_circuit)(own, values))
+    published, *families = found["family"]
+    return TightCurve.of(published, families, found["circuit"])
+
+
 _READERS: dict[str, Callable[[dict[str, Tensor], dict[str, Any]], Circuit | DensityCurve]] = {
     "circuit": _read_circuit,
     "density": _read_curve,
+    "tight": _read_tight_curve,
 }

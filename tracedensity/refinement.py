@@ -70,7 +70,8 @@ def refine(
 
     1. A circuit *grows* from nothing: the edges whose gradients promise most are tried one by one, in one batch,
        and the best of them enter together if that is better still. Heads and MLPs enter with the skip connections
-       that feed them. This finds what is really small in a few dozen runs.
+       that feed them. This finds what is really small in a few dozen runs. (A circuit that is given and falls short is
+       what grows.)
     2. If that does not reach the target soon, the given circuit is *pruned*: split into chunks by gradient, each of
        which is taken away in a run of its own; those that can go go together, as many as can. Gradients are taken again
        on what is left.
@@ -132,12 +133,15 @@ class Ground:
         conditions: How circuits are run.
         gauge: How they are measured.
         batch_size: Circuits per forward pass.
+        places: Where the edges of the graph that circuits are of stand among those of this one; None if they are the
+            same.
     """
 
     graph: Graph
     conditions: Conditions
     gauge: Gauge
     batch_size: int | None = None
+    places: Int[Tensor, " edge"] | None = None
 
     @property
     def setting(self) -> Setting:
@@ -159,6 +163,7 @@ class Ground:
 
     def tried(self, kept: Bool[Tensor, "circuit edge"]) -> "Trial":
         """Circuits, run."""
+        kept = self._moved(kept)
         values = run_masks(
             self.setting, self.graph, unflatten(self.graph, kept, False), self.conditions, self.gauge.with_loss,
             self.batch_size,
@@ -167,11 +172,19 @@ class Ground:
 
     def slopes(self, kept: Mask) -> Float[Tensor, " edge"]:
         """How the loss changes with the share of each edge that is kept, at a circuit."""
-        shares = kept.to(self.setting.model.full_dtype)[None]
+        shares = self._moved(kept[None]).to(self.setting.model.full_dtype)
         _, slopes = run_shares(
             self.setting, self.graph, unflatten(self.graph, shares, 0.0), self.conditions, self.gauge.with_loss
         )
-        return flatten(self.graph, {kind: value[0] for kind, value in slopes.items()}).double()
+        flat = flatten(self.graph, {kind: value[0] for kind, value in slopes.items()}).double()
+        return flat if self.places is None else flat[self.places]
+
+    def _moved(self, kept: Bool[Tensor, "circuit edge"]) -> Bool[Tensor, "circuit other_edge"]:
+        if self.places is None:
+            return kept
+        moved = torch.zeros(len(kept), self.graph.n_edges, dtype=torch.bool)
+        moved[:, self.places] = kept
+        return moved
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,9 +211,9 @@ def refined(
     *,
     budget: SupportsIndex,
     seed: SupportsIndex,
-    others: Sequence[Circuit] = (),
+    below: Circuit | None = None,
 ) -> Circuit:
-    """`refine` on grounds of one graph, on all of which the circuit has to be faithful.
+    """`refine` on several grounds, on all of which the circuit has to be faithful.
 
     Args:
         grounds: Where circuits are tried. What the circuit says of itself is about the first.
@@ -208,7 +221,7 @@ def refined(
         faithfulness: What the circuit has to reach everywhere.
         budget: Runs that may be spent; each ground counts.
         seed: For whatever is drawn at random.
-        others: Circuits that may be good starts too.
+        below: A circuit that is less faithful, from which to grow one that is enough, in place of from nothing.
     """
     budget, seed = index(budget), index(seed)
     if isinstance(faithfulness, bool) or not isinstance(faithfulness, float | int) or not 0 < faithfulness <= 1:
@@ -223,7 +236,7 @@ def refined(
     interrupted = False
     try:
         with torch.inference_mode(False):
-            search.go(start, others)
+            search.go(start, below)
     except KeyboardInterrupt:
         interrupted = True
         warnings.warn(
@@ -343,10 +356,10 @@ class Search:
 
     # -- the search --------------------------------------------------------------------------------
 
-    def go(self, start: Circuit | Ranking, others: Sequence[Circuit]) -> None:
+    def go(self, start: Circuit | Ranking, below: Circuit | None) -> None:
         """Search until the budget is spent or all smaller circuits were run."""
         with suppress(_SpentError):
-            self._look(start, others)
+            self._look(start, below)
         self.reserve = 0
         if self.minimum:
             self.needed = self.best.clone()
@@ -354,18 +367,17 @@ class Search:
             with suppress(_SpentError):
                 self.swept(self.best)
 
-    def _look(self, start: Circuit | Ranking, others: Sequence[Circuit]) -> None:
+    def _look(self, start: Circuit | Ranking, below: Circuit | None) -> None:
         begin = self._begin(start)
-        for other in others:
-            self.tried((flatten(self.graph, other.kept) & self.free)[None])
-        if self.size(self.best) < self.size(begin):
-            begin = self.best
+        if begin is None and below is None and isinstance(start, Circuit):
+            below = start
+        core = torch.zeros_like(self.free) if below is None else flatten(self.graph, below.kept) & self.free
         share, most = _GROWTH
-        found = self.grown(torch.zeros_like(self.free), min(share * self.budget, most), fed=True)
+        found = self.grown(core & ~self.skips, min(share * self.budget, most), fed=True)
         if found is not None:
             found, _ = self.swept(found)
         if found is None or self.left // 4 >= most:
-            self.pruned(begin, math.inf if found is None else self.left // 4)
+            self.pruned(self.free if begin is None else begin, math.inf if found is None else self.left // 4)
         found, losses = self.swept(self.best)
         while True:
             if self.size(self.free) <= _SMALL:
@@ -378,19 +390,16 @@ class Search:
             improve = self.renewed if self._draw() < 0.5 else self.exchanged
             found, losses = improve(found, losses)
 
-    def _begin(self, start: Circuit | Ranking) -> Mask:
-        """The given circuit, or the first of the ranking that is faithful enough; all edges if none is."""
+    def _begin(self, start: Circuit | Ranking) -> Mask | None:
+        """The given circuit, or the first of the ranking that is faithful enough; None if none is."""
         if isinstance(start, Circuit):
             begin = flatten(self.graph, start.kept) & self.free
-            if not bool(self.faithful(self.tried(begin[None]))):
-                return self.best
+            begin = begin if bool(self.faithful(self.tried(begin[None]))) else None
         else:
-            rank = flatten(self.graph, start.rank)
-            order = rank.argsort()
-            order = order[self.free[order]]
-            found = self.shortest(torch.zeros_like(self.free), order)
-            begin = self.best if found is None else found
-        self.start_size = self.size(begin)
+            order = flatten(self.graph, start.rank).argsort()
+            begin = self.shortest(torch.zeros_like(self.free), order[self.free[order]])
+        if begin is not None:
+            self.start_size = self.size(begin)
         return begin
 
     def shortest(self, base: Mask, order: Int[Tensor, " edge"]) -> Mask | None:

@@ -1,0 +1,284 @@
+"""Estimation: from a model and a prompt to a density curve."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import SupportsIndex
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tracedensity.choices import Attention, DensityMethod, FaithfulnessMetric, Family, GraphName, Question
+from tracedensity.curve import THRESHOLDS, DensityCurve, Points, crossings, each_of, require_thresholds
+from tracedensity.evaluation import Sizes, as_sizes, paper_sizes, require_options
+from tracedensity.exhaustive import best_of_each_size
+from tracedensity.extract import Ranking, rank_edges
+from tracedensity.faithfulness import CONVERSIONS, entropy
+from tracedensity.gauge import Gauge
+from tracedensity.graph import unflatten
+from tracedensity.graph.circuit import Certificate, Circuit
+from tracedensity.graph.component import ComponentGraph
+from tracedensity.metric import QUESTIONS, Metric
+from tracedensity.model import Transformer, as_transformer
+from tracedensity.refinement import Ground, refined
+from tracedensity.run import Conditions, run_family
+from tracedensity.score import Scores, scored
+from tracedensity.score.baseline import arrival_scores
+from tracedensity.setting import Setting
+from tracedensity.tight import TightCurve
+
+PRECISION = 0.02
+"""A crossing of a threshold is known to this share of its size, or to one edge."""
+
+BEST = {"token": ("norm", "norm-l2", "flow", "eap", "eap-ig"), "component": (None, "eap", "flow")}
+"""Methods whose rankings the method "best" tries, the usual one of the graph first."""
+
+
+def density(
+    model: object,
+    prompt: object,
+    *,
+    graph: GraphName | str = "token",
+    method: DensityMethod | str | None = None,
+    family: Family | str = "greedy",
+    signed: bool = False,
+    thresholds: Sequence[float | int] = THRESHOLDS,
+    metric: FaithfulnessMetric | Question | str | Metric | None = None,
+    ablation: str | None = None,
+    steps: int = 5,
+    ungroup: bool = False,
+    positions: bool = False,
+    keep_residual: bool = False,
+    attention: Attention | str = "masked",
+    sizes: Sizes = (),
+    per_example: bool = False,
+    refine: bool = False,
+    budget: SupportsIndex = 400,
+    baselines: bool = True,
+    position: int = -1,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> DensityCurve:
+    """How small a circuit can be and still reproduce a prediction, at each faithfulness.
+
+    Scores every edge, orders them, runs the circuits of the density papers' 27 sizes, and then circuits
+    between them until every crossing of a threshold that these sizes show is known to 2% or one edge.
+
+    Such a minimal size is an upper bound, and the published one is a loose one. Tighter ones: ``method="best"`` takes
+    the best of several rankings, ``refine=True`` searches for something smaller at every threshold, and
+    ``method="exhaustive"`` runs all circuits of a small graph. They give a `TightCurve`, which holds the plain one as
+    `TightCurve.published`.
+
+    Args:
+        model: A HookedTransformer, or a name for `load_model`.
+        prompt: Text, token ids, or a ``[pos]`` tensor; on the component graph a `Task` as well.
+        graph: ``"token"``, see `TokenGraph`; ``"component"``, see `ComponentGraph`.
+        method: How edges are scored, see `attribute`. Or ``"best"``: by several methods, of whose circuits the best
+            ones count; ``"exhaustive"``: not at all, every circuit of a graph of up to 22 edges is run.
+        family: How scores become an order, see `tracedensity.extract.rank_edges`.
+        signed: Of effects, put edges that help first and those that hurt last; else by the size of the effect.
+        thresholds: Faithfulnesses in (0, 1] whose minimal sizes are wanted.
+        metric: Faithfulness is ``1 - TV`` for ``"tv"`` (default for prompts), ``exp(-KL)`` for ``"kl"``, ``1 - JS / ln
+            2`` for ``"js"``, agreement on the first token for ``"top1"``, recovered mass for ``"nucleus"``, each the
+            mean over examples. For ``"logit_diff"`` (default for tasks), ``"prob_diff"``, ``"logprob"`` and functions
+            it is the share of the way from the circuit without edges to the model, ``(m(circuit) - m(empty)) /
+            (m(model) - m(empty))``, of means over examples.
+        ablation: What replaces an absent edge, see `attribute`.
+        steps: As for `attribute`.
+        ungroup: As for `attribute`.
+        positions: As for `attribute`.
+        keep_residual: Keep all skip connections, in the circuit or not (token graph).
+        attention: ``"open"`` counts absent attention edges but does not ablate them (the density papers' public code).
+        sizes: Numbers of edges to run as well, for instance a ``range`` that covers a small graph.
+        per_example: Refine the curve of every example of a task as well, for `DensityCurve.minimal_size_per_example`;
+            takes several times as many circuits.
+        refine: Search for a smaller circuit at every threshold, see `td.refine`.
+        budget: What may be spent on each threshold by that, in plain forward passes.
+        baselines: Whether to run the random and the inverse baseline as well.
+        position: Which prediction to explain; tokens after it cannot matter and are left out. Tasks have their own.
+        seed: For whatever is drawn at random.
+        batch_size: Circuits per forward pass; by default as many as memory allows.
+
+    Returns:
+        The curve, from which circuits, tables and figures are made.
+
+    Raises:
+        ValueError: If an argument is not as described, or a value inside the model is not finite.
+    """
+    require_thresholds(tuple(thresholds))
+    thresholds = tuple(sorted({float(threshold) for threshold in thresholds}))
+    usual = [*CONVERSIONS, *([] if graph == "token" else QUESTIONS)]
+    for option, given in (("per_example", per_example), ("signed", signed)):
+        if given and graph == "token":
+            raise ValueError(f"`{option}` must be left out on the token graph, where it means nothing.")
+    if not (metric is None or callable(metric) or metric in usual) or (graph == "token" and callable(metric)):
+        raise ValueError(f"`metric` must be one of {list(dict.fromkeys(usual))}, got {metric!r}.")
+    if method == "exhaustive" and refine:
+        raise ValueError("`refine` must be left out for method 'exhaustive', which runs all circuits there are.")
+    # a metric of the prediction as a whole has no gradient that would say much: edges are scored by the question's own
+    asked = metric if callable(metric) or metric not in CONVERSIONS else None
+    transformer = as_transformer(model)
+
+    def scored_by(method: str | None, asked: str | Metric | None) -> tuple[Setting, Scores]:
+        return scored(
+            transformer, prompt, graph=graph, method=method, metric=asked, ablation=ablation, steps=steps,
+            ungroup=ungroup, positions=positions, position=position, seed=seed,
+        )  # fmt: skip
+
+    setting, scores = scored_by(None if method in ("best", "exhaustive") else method, asked)
+    require_options(scores.graph, attention, keep_residual, batch_size)
+    conditions = Conditions(False, keep_residual, attention, setting.ablation)
+    ground = Ground(scores.graph, conditions, Gauge.of(setting, scores.graph, metric), batch_size)
+    making = _Making(transformer, ground, thresholds, as_sizes(sizes, scores.graph.n_edges), per_example)
+    published = making.curve(scores.rank(family, signed=signed))
+    if baselines:
+        published = making.with_baselines(published, seed)
+    if method == "exhaustive":
+        return TightCurve.of(published, (), _all_circuits(ground, published))
+    if method != "best" and not refine:
+        return published
+    families = [published]
+    if method == "best":
+        for other in BEST[graph][1:]:
+            _, scores = scored_by(other, asked if other != "flow" else None)
+            families.append(making.curve(scores.rank(family, signed=signed)))
+    curve = TightCurve.of(published, tuple(families[1:]), ())
+    if refine:
+        curve = TightCurve.of(published, curve.families[1:], _refined(ground, curve, budget, seed))
+    return curve
+
+
+def _refined(ground: Ground, curve: TightCurve, budget: SupportsIndex, seed: int) -> tuple[Circuit, ...]:
+    """A circuit for every threshold, each grown from that of the threshold below."""
+    found: list[Circuit] = []
+    for threshold in curve.thresholds:
+        start = curve.circuit(faithfulness=threshold)
+        below = found[-1] if found else None
+        if below is not None and below.n_edges >= start.n_edges and (below.faithfulness or 0) >= threshold:
+            start = below
+        found.append(refined([ground], start, threshold, budget=budget, seed=seed, below=below))
+    return tuple(found)
+
+
+def _all_circuits(ground: Ground, curve: DensityCurve) -> tuple[Circuit, ...]:
+    """The best circuit of every size that is better than all smaller ones."""
+    faithfulness, kept = best_of_each_size(ground)
+    n_circuits = 2 ** (len(faithfulness) - 1)
+    circuits, most = [], -math.inf
+    for size, reached in enumerate(faithfulness.tolist()):
+        if reached <= most:
+            continue
+        most = reached
+        masks = unflatten(ground.graph, kept[size], False)
+        certificate = Certificate(reached, n_circuits, n_circuits, 0, ground.graph.n_edges, size, masks, minimum=True)
+        circuit = replace(curve.circuit(size=0), kept=masks, faithfulness=reached, certificate=certificate)
+        circuits.append(circuit)
+    return tuple(circuits)
+
+
+@dataclass(frozen=True, eq=False)
+class _Making:
+    """What all curves of one prompt or task have in common.
+
+    Attributes:
+        model: The model.
+        ground: Where circuits are run.
+        thresholds: Faithfulnesses whose minimal sizes are wanted.
+        sizes: Numbers of edges to run in any case, beside those of the density papers.
+        per_example: Whether the curves of single examples are looked at as well.
+    """
+
+    model: Transformer
+    ground: Ground
+    thresholds: tuple[float, ...]
+    sizes: Int[Tensor, " size"]
+    per_example: bool
+
+    def curve(self, ranking: Ranking) -> DensityCurve:
+        """The curve of a ranking.
+
+        Raises:
+            ValueError: If the circuit of all edges is not the model.
+        """
+        ground, gauge, setting = self.ground, self.ground.gauge, self.ground.setting
+        grid = paper_sizes(ranking.n_edges).unique()
+        values: dict[int, Tensor] = {}
+
+        def measure(sizes: Tensor) -> Float[Tensor, "point curve"]:
+            found = self._values(ranking, sizes, ground.conditions)
+            values.update(zip(sizes.tolist(), found, strict=True))
+            together = gauge.faithfulness(found).double()[:, None]
+            if not self.per_example:
+                return together
+            return torch.cat([together, each_of(found, gauge.metric, gauge.full, gauge.empty).double()], 1)
+
+        known = _bracketed(measure, torch.cat([grid, self.sizes]).unique(), self.thresholds)
+        allowed = 1e-4 if self.model.dtype in (torch.float32, torch.float64) else 1e-2
+        if abs(known.faithfulness[-1] - 1) > allowed * (1 if gauge.full is None else 10):
+            raise ValueError(
+                f"`model` must be reproduced by the circuit of all edges, got a faithfulness of "
+                f"{known.faithfulness[-1]:.4f}: {self.model.name} computes something that its graph does not describe."
+            )
+        top = setting.clean_logits[0].argmax()
+        several = gauge.full is not None or len(setting.examples) > 1
+        by_component = isinstance(ranking.graph, ComponentGraph)
+        return DensityCurve(
+            known.sizes, known.faithfulness, ranking, self.thresholds, gauge.metric, ground.conditions,
+            entropy=float(entropy(setting.clean_logits).mean()),
+            top_token=int(top),
+            top_text=self.model.texts([int(top)])[0],
+            top_probability=float(setting.clean_logits[0].softmax(-1)[top]),
+            values=torch.stack([values[size] for size in known.sizes.tolist()]) if several else None,
+            full=gauge.full,
+            empty=gauge.empty,
+            pruned_sizes=ranking.sizes_after_pruning(known.sizes) if by_component else None,
+        )  # fmt: skip
+
+    def with_baselines(self, curve: DensityCurve, seed: int) -> DensityCurve:
+        """The same with random circuits, and with all but the circuits, beside it."""
+        ranking, conditions = curve.ranking, self.ground.conditions
+        grid = paper_sizes(ranking.n_edges).unique()
+        coarse = torch.cat([grid[:-1:2], grid[-1:]])
+        arrival = arrival_scores(ranking.graph, torch.Generator().manual_seed(seed))
+        grown = rank_edges(ranking.graph, arrival, "top", ranking.provenance)
+        on_tokens = not isinstance(ranking.graph, ComponentGraph)
+        at_random = replace(conditions, keep_residual=on_tokens)
+        complement = replace(conditions, inverse=True, keep_residual=False)
+
+        def points(ranking: Ranking, conditions: Conditions) -> Points:
+            return Points(coarse, self.ground.gauge.faithfulness(self._values(ranking, coarse, conditions)))
+
+        return replace(curve, random=points(grown, at_random), inverse=points(ranking, complement))
+
+    def _values(
+        self, ranking: Ranking, sizes: Int[Tensor, " point"], conditions: Conditions
+    ) -> Float[Tensor, "point example"]:
+        ground = self.ground
+        measure, setting = ground.gauge.measure, ground.setting
+        return run_family(setting, ground.graph, ranking.rank, sizes, conditions, measure, ground.batch_size)[""].cpu()
+
+
+def _bracketed(
+    measure: Callable[[Tensor], Float[Tensor, "point curve"]],
+    grid: Int[Tensor, " point"],
+    thresholds: tuple[float, ...],
+) -> Points:
+    """Measure a grid of sizes, then halve (on the log scale) every bracket that holds a minimal size of some curve.
+
+    All brackets of a round are measured together. The points are those of the first curve.
+    """
+    sizes, heights = grid, measure(grid).double()
+    while True:
+        wanted = set()
+        for threshold in thresholds:
+            for upper in {crossing for column in heights.T for crossing in crossings(column, threshold)} - {0}:
+                low, high = sizes[upper - 1 : upper + 1].tolist()
+                if high - low > 1 and high > low * (1 + PRECISION):
+                    middle = round(math.sqrt(max(low, 1) * high))
+                    wanted.add(min(max(middle, low + 1), high - 1))
+        if not wanted:
+            return Points(sizes, heights[:, 0])
+        more = torch.tensor(sorted(wanted))
+        sizes, order = torch.cat([sizes, more]).sort()
+        heights = torch.cat([heights, measure(more).double()])[order]
