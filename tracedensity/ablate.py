@@ -241,11 +241,20 @@ def resampled(model: Transformer, examples: Examples, seed: int) -> Examples:
     times = -(-N_RESAMPLED // len(examples))
     rows = torch.arange(len(examples), device=model.device).repeat_interleave(times)
     many = examples[rows]
-    special = sorted(set(getattr(model.model.tokenizer, "all_special_ids", [])))
-    ordinary = torch.ones(model.d_vocab, dtype=torch.bool)
-    ordinary[[token for token in special if token < model.d_vocab]] = False
-    pool = ordinary.nonzero()[:, 0]
+    special = _special_tokens(model)
+    pool = ordinary_tokens(model)
     generator = torch.Generator().manual_seed(seed)
     drawn = pool[torch.randint(len(pool), tuple(many.tokens.shape), generator=generator)].to(model.device)
     keep = torch.isin(many.tokens, torch.tensor(special, device=model.device, dtype=torch.long)) | ~many.real
     return replace(many, corrupted=torch.where(keep, many.tokens, drawn))
+
+
+def ordinary_tokens(model: Transformer) -> Int[Tensor, " token"]:
+    """All tokens but the special ones."""
+    ordinary = torch.ones(model.d_vocab, dtype=torch.bool)
+    ordinary[[token for token in _special_tokens(model) if token < model.d_vocab]] = False
+    return ordinary.nonzero()[:, 0]
+
+
+def _special_tokens(model: Transformer) -> list[int]:
+    return sorted(set(getattr(model.model.tokenizer, "all_special_ids", [])))

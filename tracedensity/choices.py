@@ -28,6 +28,9 @@ Ablation = Literal["counterfactual", "resample", "zero", "mean", "mean-positiona
 TokenAblation = Literal["zero", "mean", "resample"]
 """What replaces an absent edge of the token graph."""
 
+Change = Literal[Ablation, "swap", "prepend"]
+"""What can be different where a circuit is run, see `Circuit.check`."""
+
 Family = Literal["greedy", "top", "threshold", "nucleus"]
 """How scores become an order, see `tracedensity.extract.rank_edges`."""
 

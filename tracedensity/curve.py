@@ -70,6 +70,9 @@ class DensityCurve(Points):
         full: The metric of the model on each example; None where faithfulness is no share of a difference.
         empty: That of the circuit without edges.
         pruned_sizes: Numbers of edges on a path from the input to the logits; None on the token graph.
+        situations: Where circuits were run, if that is not only where they are at home; faithfulness is the least
+            there.
+        robust: The curve of circuits that have to be faithful in several situations, if that was asked for.
     """
 
     ranking: Ranking
@@ -86,6 +89,8 @@ class DensityCurve(Points):
     full: Float[Tensor, " example"] | None = field(default=None, repr=False)
     empty: Float[Tensor, " example"] | None = field(default=None, repr=False)
     pruned_sizes: Int[Tensor, " point"] | None = field(default=None, repr=False)
+    situations: tuple[str, ...] = ()
+    robust: "DensityCurve | None" = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -169,7 +174,7 @@ class DensityCurve(Points):
         size = index(size)
         where = torch.searchsorted(self.sizes, size)
         measured = None
-        if where < len(self.sizes) and self.sizes[where] == size:
+        if where < len(self.sizes) and self.sizes[where] == size and not self.situations:
             measured = float(self.faithfulness[where])
         kept = self.ranking.circuit(size).kept
         return Circuit(
@@ -232,6 +237,7 @@ class DensityCurve(Points):
                 "stable_size": stable,
                 "stable_fraction": stable / self.n_edges,
                 "faithfulness": reached,
+                **({} if self.robust is None else {"robust_size": self.robust.minimal_size(threshold)}),
             })  # fmt: skip
         return rows
 
@@ -247,6 +253,7 @@ class DensityCurve(Points):
             "ablation": self.conditions.ablation,
             "seed": self.provenance.seed,
             **self._task_dict(),
+            **self._robust_dict(),
             "tokens": list(self.provenance.texts),
             "token_ids": list(self.provenance.token_ids),
             "n_edges": self.n_edges,
@@ -275,6 +282,12 @@ class DensityCurve(Points):
                 if points is not None
             },
         }
+
+    def _robust_dict(self) -> dict[str, Any]:
+        if self.robust is None:
+            return {}
+        sizes = {plain(each): self.robust.minimal_size(each) for each in self.thresholds}
+        return {"robust_minimal_size": sizes, "situations": list(self.robust.situations)}
 
     def _task_dict(self) -> dict[str, Any]:
         about: dict[str, Any] = {}
@@ -322,26 +335,34 @@ class DensityCurve(Points):
     def __repr__(self) -> str:
         lines = [f"DensityCurve: {self.provenance}", self._about, self.summary(), ""]
         pruned = "" if self.pruned_sizes is None else f"{'after pruning':>16}"
-        lines.append(f"{'faithfulness':>12}{'minimal circuit':>18}{'share':>9}{'stable from':>14}{pruned}")
+        robust = "" if self.robust is None else f"{'robust':>10}"
+        lines.append(f"{'faithfulness':>12}{'minimal circuit':>18}{'share':>9}{'stable from':>14}{pruned}{robust}")
         for row in self._rows():
             name, size, fraction, stable = (row[k] for k in ("threshold", "size", "fraction", "stable_size"))
             pruned = f"{row['pruned_size']:>16,}" if "pruned_size" in row else ""
-            lines.append(f"{plain(name):>12}{size:>12,} edges{fraction:>9.2%}{stable:>14,}{pruned}")
-        return "\n".join(lines)
+            robust = f"{row['robust_size']:>10,}" if "robust_size" in row else ""
+            lines.append(f"{plain(name):>12}{size:>12,} edges{fraction:>9.2%}{stable:>14,}{pruned}{robust}")
+        return "\n".join(lines + self._robust_lines())
+
+    def _robust_lines(self) -> list[str]:
+        """What "robust" means."""
+        return [] if self.robust is None else ["", "robust: as faithful in all of these:", *self.robust.situations]
 
     def _repr_html_(self) -> str:
         pruned = self.pruned_sizes is not None
         rows = "".join(
             f"<tr><td>{plain(row['threshold'])}</td><td>{row['size']:,}</td><td>{row['fraction']:.2%}</td>"
-            f"<td>{row['stable_size']:,}</td>{_cell(row['pruned_size']) if pruned else ''}</tr>"
+            f"<td>{row['stable_size']:,}</td>{cell(row['pruned_size']) if pruned else ''}"
+            f"{'' if self.robust is None else cell(row['robust_size'])}</tr>"
             for row in self._rows()
         )
         return (
             f"<p><b>DensityCurve</b> {html.escape(str(self.provenance))}<br>"
             f"<code>{html.escape(self._about)}</code><br>{html.escape(self.summary())}</p>"
             "<table><thead><tr><th>faithfulness</th><th>minimal circuit (edges)</th><th>share of all edges</th>"
-            f"<th>stable from (edges)</th>{'<th>after pruning (edges)</th>' if pruned else ''}</tr></thead>"
-            f"<tbody>{rows}</tbody></table>"
+            f"<th>stable from (edges)</th>{'<th>after pruning (edges)</th>' if pruned else ''}"
+            f"{'' if self.robust is None else '<th>robust (edges)</th>'}</tr></thead><tbody>{rows}</tbody></table>"
+            f"<p>{'<br>'.join(html.escape(line) for line in self._robust_lines())}</p>"
         )
 
 
@@ -365,7 +386,7 @@ def each_of(
     return (values - empty) / (full - empty)
 
 
-def _cell(number: int) -> str:
+def cell(number: int) -> str:
     return f"<td>{number:,}</td>"
 
 

@@ -3,20 +3,21 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import index
 from typing import SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tracedensity.choices import Attention, DensityMethod, FaithfulnessMetric, Family, GraphName, Question
+from tracedensity.choices import Attention, Change, DensityMethod, FaithfulnessMetric, Family, GraphName, Question
 from tracedensity.curve import THRESHOLDS, DensityCurve, Points, crossings, each_of, require_thresholds
 from tracedensity.evaluation import Sizes, as_sizes, paper_sizes, require_options
 from tracedensity.exhaustive import best_of_each_size
 from tracedensity.extract import Ranking, rank_edges
 from tracedensity.faithfulness import CONVERSIONS, entropy
 from tracedensity.gauge import Gauge
-from tracedensity.graph import unflatten
+from tracedensity.graph import flatten, unflatten
 from tracedensity.graph.circuit import Certificate, Circuit
 from tracedensity.graph.component import ComponentGraph
 from tracedensity.metric import QUESTIONS, Metric
@@ -26,6 +27,7 @@ from tracedensity.run import Conditions, run_family
 from tracedensity.score import Scores, scored
 from tracedensity.score.baseline import arrival_scores
 from tracedensity.setting import Setting
+from tracedensity.situation import USUAL, Home
 from tracedensity.tight import TightCurve
 
 PRECISION = 0.02
@@ -55,6 +57,7 @@ def density(
     per_example: bool = False,
     refine: bool = False,
     budget: SupportsIndex = 400,
+    robust: bool | Sequence[Change | str] = False,
     baselines: bool = True,
     position: int = -1,
     seed: int = 0,
@@ -95,6 +98,10 @@ def density(
             takes several times as many circuits.
         refine: Search for a smaller circuit at every threshold, see `td.refine`.
         budget: What may be spent on each threshold by that, in plain forward passes.
+        robust: Find circuits as well that reach a threshold in several situations at once, by their least faithfulness:
+            under ``"mean"`` ablation, with names and nouns of the prompt swapped (``"swap"``) and with a token put
+            before it (``"prepend"``), or in those of a list, of which names of all ablations may be. They are in
+            `DensityCurve.robust`. A search for them may spend the budget once for every situation.
         baselines: Whether to run the random and the inverse baseline as well.
         position: Which prediction to explain; tokens after it cannot matter and are left out. Tasks have their own.
         seed: For whatever is drawn at random.
@@ -130,49 +137,61 @@ def density(
     require_options(scores.graph, attention, keep_residual, batch_size)
     conditions = Conditions(False, keep_residual, attention, setting.ablation)
     ground = Ground(scores.graph, conditions, Gauge.of(setting, scores.graph, metric), batch_size)
-    making = _Making(transformer, ground, thresholds, as_sizes(sizes, scores.graph.n_edges), per_example)
-    published = making.curve(scores.rank(family, signed=signed))
-    if baselines:
-        published = making.with_baselines(published, seed)
-    if method == "exhaustive":
-        return TightCurve.of(published, (), _all_circuits(ground, published))
-    if method != "best" and not refine:
-        return published
-    families = [published]
+    rankings = [scores.rank(family, signed=signed)]
     if method == "best":
-        for other in BEST[graph][1:]:
-            _, scores = scored_by(other, asked if other != "flow" else None)
-            families.append(making.curve(scores.rank(family, signed=signed)))
-    curve = TightCurve.of(published, tuple(families[1:]), ())
-    if refine:
-        curve = TightCurve.of(published, curve.families[1:], _refined(ground, curve, budget, seed))
+        others = [scored_by(other, None if other == "flow" else asked)[1] for other in BEST[graph][1:]]
+        rankings += [each.rank(family, signed=signed) for each in others]
+
+    def curve_on(grounds: Sequence[Ground], baselines: bool) -> DensityCurve:
+        making = _Making(transformer, tuple(grounds), thresholds, as_sizes(sizes, ground.graph.n_edges), per_example)
+        published, *families = [making.curve(ranking) for ranking in rankings]
+        if baselines:
+            published = making.with_baselines(published, seed)
+        if method == "exhaustive":
+            return TightCurve.of(published, (), _all_circuits(grounds, published))
+        if method != "best" and not refine:
+            return published
+        curve = TightCurve.of(published, families, ())
+        if refine:
+            found = _refined(grounds, curve, index(budget) * len(grounds), seed)
+            curve = TightCurve.of(published, families, found)
+        return curve
+
+    curve = curve_on([ground], baselines)
+    if robust:
+        home = Home(
+            transformer, curve.provenance.subject, ground, ground.gauge.metric if metric is None else metric, seed
+        )
+        curve = replace(curve, robust=curve_on(home.situations(USUAL if robust is True else robust), False))
     return curve
 
 
-def _refined(ground: Ground, curve: TightCurve, budget: SupportsIndex, seed: int) -> tuple[Circuit, ...]:
+def _refined(grounds: Sequence[Ground], curve: TightCurve, budget: int, seed: int) -> tuple[Circuit, ...]:
     """A circuit for every threshold, each grown from that of the threshold below."""
     found: list[Circuit] = []
     for threshold in curve.thresholds:
-        start = curve.circuit(faithfulness=threshold)
-        below = found[-1] if found else None
-        if below is not None and below.n_edges >= start.n_edges and (below.faithfulness or 0) >= threshold:
-            start = below
-        found.append(refined([ground], start, threshold, budget=budget, seed=seed, below=below))
+        start, below = curve.circuit(faithfulness=threshold), found[-1] if found else None
+        found.append(refined(grounds, start, threshold, budget=budget, seed=seed, below=below))
     return tuple(found)
 
 
-def _all_circuits(ground: Ground, curve: DensityCurve) -> tuple[Circuit, ...]:
+def _all_circuits(grounds: Sequence[Ground], curve: DensityCurve) -> tuple[Circuit, ...]:
     """The best circuit of every size that is better than all smaller ones."""
-    faithfulness, kept = best_of_each_size(ground)
+    faithfulness, kept = best_of_each_size(grounds)
+    graph, names = grounds[0].graph, tuple(ground.name for ground in grounds if len(grounds) > 1)
     n_circuits = 2 ** (len(faithfulness) - 1)
     circuits, most = [], -math.inf
     for size, reached in enumerate(faithfulness.tolist()):
         if reached <= most:
             continue
         most = reached
-        masks = unflatten(ground.graph, kept[size], False)
-        certificate = Certificate(reached, n_circuits, n_circuits, 0, ground.graph.n_edges, size, masks, minimum=True)
-        circuit = replace(curve.circuit(size=0), kept=masks, faithfulness=reached, certificate=certificate)
+        masks = unflatten(graph, kept[size], False)
+        certificate = Certificate(
+            reached, n_circuits, n_circuits, 0, graph.n_edges, size, masks, minimum=True, situations=names,
+            worst=reached if names else None,
+        )  # fmt: skip
+        measured = float(grounds[0].tried(kept[size][None]).faithfulness) if names else reached
+        circuit = replace(curve.circuit(size=0), kept=masks, faithfulness=measured, certificate=certificate)
         circuits.append(circuit)
     return tuple(circuits)
 
@@ -183,17 +202,21 @@ class _Making:
 
     Attributes:
         model: The model.
-        ground: Where circuits are run.
+        grounds: Where circuits are run, where they are at home first.
         thresholds: Faithfulnesses whose minimal sizes are wanted.
         sizes: Numbers of edges to run in any case, beside those of the density papers.
         per_example: Whether the curves of single examples are looked at as well.
     """
 
     model: Transformer
-    ground: Ground
+    grounds: tuple[Ground, ...]
     thresholds: tuple[float, ...]
     sizes: Int[Tensor, " size"]
     per_example: bool
+
+    @property
+    def ground(self) -> Ground:
+        return self.grounds[0]
 
     def curve(self, ranking: Ranking) -> DensityCurve:
         """The curve of a ranking.
@@ -204,11 +227,15 @@ class _Making:
         ground, gauge, setting = self.ground, self.ground.gauge, self.ground.setting
         grid = paper_sizes(ranking.n_edges).unique()
         values: dict[int, Tensor] = {}
+        place = flatten(ranking.graph, ranking.rank)
 
         def measure(sizes: Tensor) -> Float[Tensor, "point curve"]:
             found = self._values(ranking, sizes, ground.conditions)
             values.update(zip(sizes.tolist(), found, strict=True))
-            together = gauge.faithfulness(found).double()[:, None]
+            together = gauge.faithfulness(found).double()
+            for other in self.grounds[1:]:
+                together = torch.minimum(together, other.tried(place < sizes[:, None]).faithfulness)
+            together = together[:, None]
             if not self.per_example:
                 return together
             return torch.cat([together, each_of(found, gauge.metric, gauge.full, gauge.empty).double()], 1)
@@ -221,7 +248,8 @@ class _Making:
                 f"{known.faithfulness[-1]:.4f}: {self.model.name} computes something that its graph does not describe."
             )
         top = setting.clean_logits[0].argmax()
-        several = gauge.full is not None or len(setting.examples) > 1
+        alone = len(self.grounds) == 1
+        several = (gauge.full is not None or len(setting.examples) > 1) and alone
         by_component = isinstance(ranking.graph, ComponentGraph)
         return DensityCurve(
             known.sizes, known.faithfulness, ranking, self.thresholds, gauge.metric, ground.conditions,
@@ -233,6 +261,7 @@ class _Making:
             full=gauge.full,
             empty=gauge.empty,
             pruned_sizes=ranking.sizes_after_pruning(known.sizes) if by_component else None,
+            situations=() if alone else tuple(ground.name for ground in self.grounds),
         )  # fmt: skip
 
     def with_baselines(self, curve: DensityCurve, seed: int) -> DensityCurve:

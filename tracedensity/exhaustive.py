@@ -1,6 +1,6 @@
 """Exhaustion: on small graphs every circuit is run, so that the smallest are known."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,11 +14,11 @@ MOST_EDGES = 22
 _AT_ONCE = 2**14
 
 
-def best_of_each_size(ground: Ground) -> tuple[Float[Tensor, " size"], Bool[Tensor, "size edge"]]:
+def best_of_each_size(grounds: Sequence[Ground]) -> tuple[Float[Tensor, " size"], Bool[Tensor, "size edge"]]:
     """The most faithful circuit of every number of edges, all circuits having been run.
 
     Args:
-        ground: Where circuits are run.
+        grounds: Where circuits are run; where there are several, it is the least faithfulness that counts.
 
     Returns:
         Faithfulness by number of edges, from none to all that the conditions do not keep anyhow, and the circuits; of
@@ -27,7 +27,8 @@ def best_of_each_size(ground: Ground) -> tuple[Float[Tensor, " size"], Bool[Tens
     Raises:
         ValueError: If the graph has too many edges for that.
     """
-    free = ground.free.nonzero()[:, 0]
+    first = grounds[0]
+    free = first.free.nonzero()[:, 0]
     n_free = len(free)
     if n_free > MOST_EDGES:
         raise ValueError(
@@ -38,9 +39,9 @@ def best_of_each_size(ground: Ground) -> tuple[Float[Tensor, " size"], Bool[Tens
     number = torch.zeros(n_free + 1, dtype=torch.long)
     for numbers in _numbers(n_free):
         chosen = _bits(numbers, n_free)
-        kept = torch.zeros(len(numbers), ground.graph.n_edges, dtype=torch.bool)
+        kept = torch.zeros(len(numbers), first.graph.n_edges, dtype=torch.bool)
         kept[:, free] = chosen
-        found = ground.tried(kept).faithfulness
+        found = torch.stack([ground.tried(kept).faithfulness for ground in grounds]).amin(0)
         size = chosen.sum(1)
         for each in size.unique().tolist():
             here = size == each
@@ -48,7 +49,7 @@ def best_of_each_size(ground: Ground) -> tuple[Float[Tensor, " size"], Bool[Tens
             if found[here][best] > faithfulness[each]:
                 faithfulness[each] = found[here][best]
                 number[each] = numbers[here][best]
-    circuits = torch.zeros(n_free + 1, ground.graph.n_edges, dtype=torch.bool)
+    circuits = torch.zeros(n_free + 1, first.graph.n_edges, dtype=torch.bool)
     circuits[:, free] = _bits(number, n_free)
     return faithfulness, circuits
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
@@ -32,16 +32,23 @@ def save_circuit(circuit: Circuit, path: str | PathLike[str]) -> None:
 
 
 def save_curve(curve: DensityCurve, path: str | PathLike[str]) -> None:
-    """Write a curve with its ranking, from which its circuits are made again."""
-    _write("density", *_curve_parts(curve), path)
-
-
-def save_tight_curve(curve: TightCurve, path: str | PathLike[str]) -> None:
-    """Write the curves and circuits that a tight curve is the envelope of."""
-    parts = {f"family{number}": _curve_parts(each) for number, each in enumerate((curve.published, *curve.families))}
-    parts |= {f"circuit{number}": _circuit_parts(circuit) for number, circuit in enumerate(curve.refined)}
+    """Write a curve with its ranking, from which its circuits are made again, or all that it is the envelope of."""
+    if type(curve) is DensityCurve and curve.robust is None:
+        _write("density", *_curve_parts(curve), path)
+        return
+    parts = _parts(curve, "")
     tensors = {f"{part}:{name}": value for part, (values, _) in parts.items() for name, value in values.items()}
-    _write("tight", tensors, {"parts": {part: about for part, (_, about) in parts.items()}}, path)
+    _write("curves", tensors, {"parts": {part: about for part, (_, about) in parts.items()}}, path)
+
+
+def _parts(curve: DensityCurve, prefix: str) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:
+    """Curves of rankings and circuits that a curve is made of, then those of the robust one."""
+    tight = isinstance(curve, TightCurve)
+    families = (curve.published, *curve.families) if tight else (curve,)
+    parts = {f"{prefix}{'tight' if tight else 'plain'}{i}": _curve_parts(each) for i, each in enumerate(families)}
+    if tight:
+        parts |= {f"{prefix}circuit{i}": _circuit_parts(circuit) for i, circuit in enumerate(curve.refined)}
+    return parts if curve.robust is None else parts | _parts(curve.robust, "robust/")
 
 
 def _circuit_parts(circuit: Circuit) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -83,6 +90,7 @@ def _curve_parts(curve: DensityCurve) -> tuple[dict[str, Tensor], dict[str, Any]
         "top_token": curve.top_token,
         "top_text": curve.top_text,
         "top_probability": curve.top_probability,
+        "situations": curve.situations,
     }
     return tensors, about
 
@@ -169,7 +177,9 @@ def _read_circuit(tensors: dict[str, Tensor], about: dict[str, Any]) -> Circuit:
         attention=about["attention"],
         metric=about["metric"],
         faithfulness=about["faithfulness"],
-        certificate=None if known is None else Certificate(**known, needed=needed),
+        certificate=None
+        if known is None
+        else Certificate(**{**known, "situations": tuple(known["situations"])}, needed=needed),
     )
 
 
@@ -182,11 +192,10 @@ def _read_curve(tensors: dict[str, Tensor], about: dict[str, Any]) -> DensityCur
         Provenance.from_dict(about["provenance"]),
         tensors.get("natural_sizes"),
     )
-    baselines = {
-        name: Points(tensors[f"{name}/sizes"], tensors[f"{name}/faithfulness"])
-        for name in ("random", "inverse")
-        if f"{name}/sizes" in tensors
-    }
+
+    def points(name: str) -> Points | None:
+        return Points(tensors[f"{name}/sizes"], tensors[f"{name}/faithfulness"]) if f"{name}/sizes" in tensors else None
+
     return DensityCurve(
         tensors["sizes"],
         tensors["faithfulness"],
@@ -198,26 +207,41 @@ def _read_curve(tensors: dict[str, Tensor], about: dict[str, Any]) -> DensityCur
         top_token=about["top_token"],
         top_text=about["top_text"],
         top_probability=about["top_probability"],
-        **baselines,
+        random=points("random"),
+        inverse=points("inverse"),
         values=tensors.get("values"),
         full=tensors.get("full"),
         empty=tensors.get("empty"),
         pruned_sizes=tensors.get("pruned_sizes"),
+        situations=tuple(about.get("situations", ())),
     )
 
 
-def _read_tight_curve(tensors: dict[str, Tensor], about: dict[str, Any]) -> TightCurve:
-    found: dict[str, list[Any]] = {"family": [], "circuit": []}
-    for part, values in about["parts"].items():
-        own = {name.removeprefix(f"{part}:"): value for name, value in tensors.items() if name.startswith(f"{part}:")}
-        kind = part.rstrip("0123456789")
-        found[kind].append((_read_curve if kind == "family" else _read_circuit)(own, values))
-    published, *families = found["family"]
-    return TightCurve.of(published, families, found["circuit"])
+def _read_curves(tensors: dict[str, Tensor], about: dict[str, Any]) -> DensityCurve:
+    def curve(prefix: str) -> DensityCurve | None:
+        families: list[DensityCurve] = []
+        circuits: list[Circuit] = []
+        tight = False
+        for part, values in about["parts"].items():
+            if not (kind := part.rstrip("0123456789")).startswith(prefix) or "/" in kind.removeprefix(prefix):
+                continue
+            own = {name.removeprefix(f"{part}:"): each for name, each in tensors.items() if name.startswith(f"{part}:")}
+            if kind.endswith("circuit"):
+                circuits.append(_read_circuit(own, values))
+            else:
+                families.append(_read_curve(own, values))
+            tight |= kind.endswith("tight")
+        if not families:
+            return None
+        return TightCurve.of(families[0], families[1:], circuits) if tight else families[0]
+
+    own = curve("")
+    assert own is not None
+    return replace(own, robust=curve("robust/"))
 
 
 _READERS: dict[str, Callable[[dict[str, Tensor], dict[str, Any]], Circuit | DensityCurve]] = {
     "circuit": _read_circuit,
     "density": _read_curve,
-    "tight": _read_tight_curve,
+    "curves": _read_curves,
 }

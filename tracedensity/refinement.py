@@ -134,7 +134,8 @@ class Ground:
         gauge: How they are measured.
         batch_size: Circuits per forward pass.
         places: Where the edges of the graph that circuits are of stand among those of this one; None if they are the
-            same.
+            same. What has no such place is kept in all circuits.
+        name: What to call it.
     """
 
     graph: Graph
@@ -142,10 +143,17 @@ class Ground:
     gauge: Gauge
     batch_size: int | None = None
     places: Int[Tensor, " edge"] | None = None
+    name: str = ""
 
     @property
     def setting(self) -> Setting:
         return self.gauge.setting
+
+    @property
+    def price(self) -> int:
+        """Passes that a run of one circuit takes: one, unless its prompts are run several times with drawn tokens."""
+        task = self.setting.task
+        return len(self.setting.prompts) // (1 if task is None else len(task))
 
     @cached_property
     def free(self) -> Mask:
@@ -182,7 +190,7 @@ class Ground:
     def _moved(self, kept: Bool[Tensor, "circuit edge"]) -> Bool[Tensor, "circuit other_edge"]:
         if self.places is None:
             return kept
-        moved = torch.zeros(len(kept), self.graph.n_edges, dtype=torch.bool)
+        moved = torch.ones(len(kept), self.graph.n_edges, dtype=torch.bool)
         moved[:, self.places] = kept
         return moved
 
@@ -212,6 +220,7 @@ def refined(
     budget: SupportsIndex,
     seed: SupportsIndex,
     below: Circuit | None = None,
+    left_out: float = 0.0,
 ) -> Circuit:
     """`refine` on several grounds, on all of which the circuit has to be faithful.
 
@@ -222,21 +231,22 @@ def refined(
         budget: Runs that may be spent; each ground counts.
         seed: For whatever is drawn at random.
         below: A circuit that is less faithful, from which to grow one that is enough, in place of from nothing.
+        left_out: Share of edges, drawn at random, that are not to be used for that.
     """
     budget, seed = index(budget), index(seed)
     if isinstance(faithfulness, bool) or not isinstance(faithfulness, float | int) or not 0 < faithfulness <= 1:
         raise ValueError(f"`faithfulness` must be above 0 and at most 1, got {faithfulness!r}.")
-    if budget < len(grounds) + 1:
-        raise ValueError(f"`budget` must be at least {len(grounds) + 1} passes, to measure one circuit, got {budget}.")
+    first, once = grounds[0], sum(ground.price for ground in grounds)
+    if budget < 2 * once:
+        raise ValueError(f"`budget` must be at least {2 * once} passes, to measure two circuits, got {budget}.")
     if not 0 <= seed < 2**63:
         raise ValueError(f"`seed` must be from 0 to 2**63 - 1, got {seed}.")
-    first = grounds[0]
-    # one pass is left over for the last run, in which the circuit is measured by itself, as others will measure it
-    search = Search(grounds, float(faithfulness), budget - 1, seed)
+    # something is left over for the last run, in which the circuit is measured by itself, as others will measure it
+    search = Search(grounds, float(faithfulness), budget - once, seed)
     interrupted = False
     try:
         with torch.inference_mode(False):
-            search.go(start, below)
+            search.go(start, below, left_out)
     except KeyboardInterrupt:
         interrupted = True
         warnings.warn(
@@ -245,9 +255,12 @@ def refined(
             stacklevel=3,
         )
     measured = float(first.tried(search.best[None]).faithfulness)
+    several = len(grounds) > 1
+    worst = min([measured, *(float(ground.tried(search.best[None]).faithfulness) for ground in grounds[1:])])
     certificate = Certificate(
-        float(faithfulness), budget, search.passes + 1, seed, search.start_size, search.size(search.best),
+        float(faithfulness), budget, search.passes + once, seed, search.start_size, search.size(search.best),
         unflatten(first.graph, search.needed, False), search.minimum, interrupted,
+        tuple(ground.name for ground in grounds) if several else (), worst if several else None,
     )  # fmt: skip
     return Circuit(
         first.graph,
@@ -284,6 +297,7 @@ class Search:
         self.grounds, self.graph, self.budget = grounds, grounds[0].graph, budget
         self.target = min(target, 1 - _ROUNDING)
         self.generator = torch.Generator().manual_seed(seed)
+        self.price = sum(ground.price for ground in grounds)
         self.free, self.skips = grounds[0].free, grounds[0].skips
         self.passes = self.reserve = 0
         self.best = self.free.clone()
@@ -311,10 +325,10 @@ class Search:
         Raises:
             _SpentError: If not all of them could be run. Those that could have been.
         """
-        affordable = kept[: self.left // len(self.grounds)]
+        affordable = kept[: max(0, self.left // self.price)]
         if not len(affordable):
             raise _SpentError
-        self.passes += len(affordable) * len(self.grounds)
+        self.passes += len(affordable) * self.price
         trial = self.grounds[0].tried(affordable)
         for ground in self.grounds[1:]:
             trial = trial.and_also(ground.tried(affordable))
@@ -334,17 +348,17 @@ class Search:
         found = kept[enough[kept[enough].sum(1).argmin()]]
         if self.size(found) < self.size(self.best):
             self.best, self.needed = found.clone(), torch.zeros_like(self.free)
-            price = len(self.grounds) * self.size(found) * 5 // 4 + GRADIENT_PASSES * len(self.grounds)
-            self.reserve = price if price <= _RESERVE * self.budget else 0
+            sweep = self.price * (self.size(found) * 5 // 4 + GRADIENT_PASSES)
+            self.reserve = sweep if sweep <= _RESERVE * self.budget else 0
 
     def faithful(self, trial: Trial) -> Bool[Tensor, " circuit"]:
         return trial.faithfulness >= self.target
 
     def slopes(self, kept: Mask) -> Float[Tensor, " edge"]:
         """Gradient of the loss by what is kept of each edge; adding an edge of negative slope helps, to first order."""
-        if self.left < GRADIENT_PASSES * len(self.grounds):
+        if self.left < GRADIENT_PASSES * self.price:
             raise _SpentError
-        self.passes += GRADIENT_PASSES * len(self.grounds)
+        self.passes += GRADIENT_PASSES * self.price
         total = self.grounds[0].slopes(kept)
         for ground in self.grounds[1:]:
             total = total + ground.slopes(kept)
@@ -356,10 +370,10 @@ class Search:
 
     # -- the search --------------------------------------------------------------------------------
 
-    def go(self, start: Circuit | Ranking, below: Circuit | None) -> None:
+    def go(self, start: Circuit | Ranking, below: Circuit | None, left_out: float) -> None:
         """Search until the budget is spent or all smaller circuits were run."""
         with suppress(_SpentError):
-            self._look(start, below)
+            self._look(start, below, left_out)
         self.reserve = 0
         if self.minimum:
             self.needed = self.best.clone()
@@ -367,13 +381,16 @@ class Search:
             with suppress(_SpentError):
                 self.swept(self.best)
 
-    def _look(self, start: Circuit | Ranking, below: Circuit | None) -> None:
+    def _look(self, start: Circuit | Ranking, below: Circuit | None, left_out: float) -> None:
         begin = self._begin(start)
         if begin is None and below is None and isinstance(start, Circuit):
             below = start
         core = torch.zeros_like(self.free) if below is None else flatten(self.graph, below.kept) & self.free
         share, most = _GROWTH
-        found = self.grown(core & ~self.skips, min(share * self.budget, most), fed=True)
+        resting = None
+        if left_out:
+            resting = (torch.rand(len(core), generator=self.generator) < left_out).nonzero()[:, 0]
+        found = self.grown(core & ~self.skips, min(share * self.budget, most), fed=True, resting=resting)
         if found is not None:
             found, _ = self.swept(found)
         if found is None or self.left // 4 >= most:
@@ -690,7 +707,7 @@ class Search:
         while not self.minimum:
             sizes = range(self.n_run_out, self.size(self.best))
             n_circuits = [math.comb(len(free), size) for size in sizes]
-            allowance = self.left // len(self.grounds)
+            allowance = self.left // self.price
             if n_circuits[0] > allowance // 3 and sum(n_circuits) > allowance:
                 return
             combined = combinations(range(len(free)), self.n_run_out)

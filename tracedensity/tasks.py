@@ -720,3 +720,19 @@ _ARGUMENTS = (
     "height length start end index data result error text word number path user date part point source target color "
     "limit total label table field weight mode type node model image string option filter message host port"
 )
+
+WORDS: tuple[frozenset[str], ...] = tuple(
+    frozenset(words)
+    for words in (
+        _WOMEN.split(),
+        _MEN.split(),
+        _PLACES.split(),
+        _THINGS.split(),
+        _EVENTS.split(),
+        [couple.split("/")[0] for couple in _NOUNS.split()],
+        [couple.split("/")[1] for couple in _NOUNS.split()],
+        [couple.split("/")[0] for couple in _PEOPLE.split()],
+        [couple.split("/")[1] for couple in _PEOPLE.split()],
+    )
+)
+"""Names and nouns, in sets of which one can stand for another."""

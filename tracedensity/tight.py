@@ -4,14 +4,13 @@ import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from operator import index
-from os import PathLike
 from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tracedensity.curve import DensityCurve, plain
+from tracedensity.curve import DensityCurve, cell, plain
 from tracedensity.graph.circuit import Circuit
 
 
@@ -41,8 +40,9 @@ class TightCurve(DensityCurve):
         heights = torch.cat([curve.faithfulness.double() for curve in (published, *families)])
         if refined:
             sizes = torch.cat([sizes, torch.tensor([circuit.n_edges for circuit in refined])])
-            found = [circuit.faithfulness for circuit in refined if circuit.faithfulness is not None]
-            heights = torch.cat([heights, torch.tensor(found, dtype=heights.dtype)])
+            heights = torch.cat(
+                [heights, torch.tensor([_reached(circuit) for circuit in refined], dtype=heights.dtype)]
+            )
         order = torch.from_numpy(np.lexsort((-heights.numpy(), sizes.numpy())))
         sizes, heights = sizes[order], heights[order]
         best = torch.ones_like(sizes, dtype=torch.bool)
@@ -85,11 +85,11 @@ class TightCurve(DensityCurve):
         point = int(torch.searchsorted(self.sizes, size, right=True)) - 1
         size, height = int(self.sizes[point]), float(self.faithfulness[point])
         for circuit in self.refined:
-            if circuit.n_edges == size and circuit.faithfulness == height:
+            if circuit.n_edges == size and _reached(circuit) == height:
                 return circuit
-        curves = (self.published, *self.families)
-        holders = [curve for curve in curves if size in curve.sizes.tolist()]
-        return max((curve.circuit(size=size) for curve in holders), key=lambda circuit: circuit.faithfulness or 0.0)
+        holders = [curve for curve in (self.published, *self.families) if size in curve.sizes.tolist()]
+        best = max(holders, key=lambda curve: float(curve.faithfulness[curve.sizes.tolist().index(size)]))
+        return best.circuit(size=size)
 
     def _area(self, sizes: Tensor, relative: Tensor) -> float:
         point = (torch.searchsorted(self.sizes, sizes, right=True) - 1).clamp(min=0)
@@ -112,34 +112,34 @@ class TightCurve(DensityCurve):
 
     def __repr__(self) -> str:
         lines = [f"TightCurve: {self.provenance}", self._about, self.summary(), ""]
-        lines.append(f"{'faithfulness':>12}{'minimal circuit':>18}{'share':>9}{'published':>12}{'times':>8}  known")
+        robust = "" if self.robust is None else f"{'robust':>10}"
+        lines.append(
+            f"{'faithfulness':>12}{'minimal circuit':>18}{'share':>9}{'published':>12}{'times':>8}{robust}  known"
+        )
         for row in self._rows():
             size, published = row["size"], row["published_size"]
+            robust = f"{row['robust_size']:>10,}" if "robust_size" in row else ""
             lines.append(
                 f"{plain(row['threshold']):>12}{size:>12,} edges{row['fraction']:>9.2%}{published:>12,}"
-                f"{published / max(size, 1):>8.1f}  {_known(row)}"
+                f"{published / max(size, 1):>8.1f}{robust}  {_known(row)}"
             )
-        return "\n".join(lines)
+        return "\n".join(lines + self._robust_lines())
 
     def _repr_html_(self) -> str:
-        columns = ("faithfulness", "minimal circuit (edges)", "share of all edges", "published (edges)", "known")
+        columns = ["faithfulness", "minimal circuit (edges)", "share of all edges", "published (edges)", "known"]
+        columns += ["robust (edges)"] * (self.robust is not None)
         rows = "".join(
             f"<tr><td>{plain(row['threshold'])}</td><td>{row['size']:,}</td><td>{row['fraction']:.2%}</td>"
-            f"<td>{row['published_size']:,}</td><td>{_known(row)}</td></tr>"
+            f"<td>{row['published_size']:,}</td><td>{_known(row)}</td>"
+            f"{'' if self.robust is None else cell(row['robust_size'])}</tr>"
             for row in self._rows()
         )
         return (
             f"<p><b>TightCurve</b> {html.escape(str(self.provenance))}<br>"
             f"<code>{html.escape(self._about)}</code><br>{html.escape(self.summary())}</p>"
             f"<table><thead><tr>{''.join(f'<th>{column}</th>' for column in columns)}</tr></thead>"
-            f"<tbody>{rows}</tbody></table>"
+            f"<tbody>{rows}</tbody></table><p>{'<br>'.join(html.escape(line) for line in self._robust_lines())}</p>"
         )
-
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write to one safetensors file, all curves and circuits included; `td.load` reads it."""
-        from tracedensity.files import save_tight_curve
-
-        save_tight_curve(self, path)
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers of the curve, without circuits, as what JSON can hold."""
@@ -154,6 +154,14 @@ class TightCurve(DensityCurve):
             },
             "published": self.published.to_dict(),
         }
+
+
+def _reached(circuit: Circuit) -> float:
+    """Faithfulness, the least one where there were several situations."""
+    known = circuit.certificate
+    reached = circuit.faithfulness if known is None or known.worst is None else known.worst
+    assert reached is not None
+    return reached
 
 
 def _known(row: Mapping[str, Any]) -> str:

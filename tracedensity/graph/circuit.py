@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tracedensity.evaluation import Evaluation
     from tracedensity.metric import Metric
     from tracedensity.score import Scores
+    from tracedensity.trust import Check
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +43,8 @@ class Certificate:
         needed: For each kind of edge, those without which the circuit was run and fell short of the target.
         minimum: Whether all circuits with fewer edges were run as well, and fell short.
         interrupted: Whether the search was interrupted before it had spent its budget.
+        situations: Where the circuit has to be faithful, if that is not only where it is at home.
+        worst: The least faithfulness in these situations.
     """
 
     target: float
@@ -53,6 +56,8 @@ class Certificate:
     needed: Mapping[str, Bool[Tensor, "..."]] = field(repr=False)
     minimum: bool = False
     interrupted: bool = False
+    situations: tuple[str, ...] = ()
+    worst: float | None = None
 
     @property
     def n_needed(self) -> int:
@@ -77,7 +82,8 @@ class Certificate:
         else:
             known = f"{self.n_needed:,} of {self.n_candidates:,} edges are known to be needed"
         stopped = ", interrupted" if self.interrupted else ""
-        return f"asked for {self.target:g}, {known}; {self.passes:,} of {self.budget:,} passes spent{stopped}"
+        where = f" in {len(self.situations)} situations" if self.situations else ""
+        return f"asked for {self.target:g}{where}, {known}; {self.passes:,} of {self.budget:,} passes spent{stopped}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,6 +280,43 @@ class Circuit:
             raise ValueError(f"`metric` must be given, the function {self.metric!r} that the circuit was measured by.")
         name = self.metric if metric is None else metric
         return evaluate(transformer, subject, self if others is None else others, metrics=(name,))
+
+    def check(
+        self,
+        model: object,
+        *,
+        prompts: "Sequence[object]" = (),
+        swaps: Mapping[str, str] | None = None,
+        n_random: int = 20,
+        n_seeds: int = 2,
+        budget: int | None = None,
+        metric: "Metric | None" = None,
+        seed: int = 0,
+    ) -> "Check":
+        """Run the circuit under other ablations and on other prompts, and compare it with others.
+
+        A circuit can be small and right, or small and lucky: found among very many to fit one prompt under one
+        ablation. A right one does more than it was found by.
+
+        Args:
+            model: The model that it was found in.
+            prompts: Other prompts (or tasks), such as a paraphrase; on the token graph just as long in tokens.
+            swaps: Words of the prompt to swap for others; by default names and nouns are drawn.
+            n_random: How many random circuits of its size to run beside it.
+            n_seeds: How many times to search for a circuit again, if this one was searched for.
+            budget: What each search may spend; by default what the circuit's own was allowed.
+            metric: The function that measures it, where it was measured by one of the user's own.
+            seed: For whatever is drawn at random.
+
+        Raises:
+            ValueError: If `model` is not the one that the circuit was found in, or a prompt does not fit.
+        """
+        from tracedensity.trust import check
+
+        return check(
+            model, self, prompts=prompts, swaps=swaps, n_random=n_random, n_seeds=n_seeds, budget=budget, metric=metric,
+            seed=seed,
+        )  # fmt: skip
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write to one safetensors file, metadata included; `td.load` reads it."""

@@ -1,0 +1,195 @@
+"""Situations: other conditions and other prompts under which a circuit can be run."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from random import Random
+from typing import get_args
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from tracedensity.ablate import ordinary_tokens
+from tracedensity.choices import Ablation, Change, TokenAblation
+from tracedensity.evaluation import setting_for
+from tracedensity.gauge import Gauge
+from tracedensity.graph import Graph, flatten, unflatten
+from tracedensity.graph.token import TokenGraph
+from tracedensity.metric import Metric
+from tracedensity.model import Transformer
+from tracedensity.refinement import Ground
+from tracedensity.task import Task
+from tracedensity.tasks import WORDS
+
+USUAL: tuple[Change, ...] = ("mean", "swap", "prepend")
+"""What `td.density(..., robust=True)` asks of a circuit beside its own conditions (drawn tokens cost eight times as
+much)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Home:
+    """Where a circuit is at home: what its situations are changes of.
+
+    Attributes:
+        model: The model.
+        subject: The prompt or task.
+        ground: How circuits are run on it.
+        metric: What faithfulness means.
+        seed: For whatever is drawn at random.
+    """
+
+    model: Transformer
+    subject: Tensor | Task
+    ground: Ground
+    metric: str | Metric
+    seed: int = 0
+
+    def situations(
+        self,
+        changes: Iterable[Change | str],
+        *,
+        prompts: Sequence[object] = (),
+        swaps: Mapping[str, str] | None = None,
+    ) -> list[Ground]:
+        """Its own situation, then others, as far as there are any.
+
+        Args:
+            changes: Names of ablations; ``"swap"``: names and nouns of the prompt swapped for others; ``"prepend"``: a
+                token put before it. The circuit's own ablation, and what a prompt does not allow, is left out.
+            prompts: Prompts or tasks of the user's, on the token graph as long as the circuit's own.
+            swaps: Words to swap for others, in place of those that are drawn.
+
+        Raises:
+            ValueError: If there is no such change, or a prompt does not fit.
+        """
+        changes = list(changes)
+        unknown = [each for each in changes if each not in get_args(Change)]
+        if unknown:
+            raise ValueError(f"`robust` must be some of {list(get_args(Change))}, got {unknown}.")
+        found = [replace(self.ground, name=f"own: {self.ground.conditions.ablation} ablation")]
+        found += [self._ablated(each) for each in self._ablations() if each in changes]
+        found += [self._prompted(_shown(each), each) for each in prompts]
+        if (text := self._text()) is not None and ("swap" in changes or swaps is not None):
+            for other in self._swapped(text, swaps):
+                found.append(self._prompted(repr(other), self._ids(other)))
+        if "prepend" in changes and isinstance(self.subject, Tensor):
+            found.append(self._prepended())
+        return found
+
+    # -- ablations ---------------------------------------------------------------------------------
+
+    def _ablations(self) -> list[str]:
+        own = self.ground.conditions.ablation
+        if isinstance(self.ground.graph, TokenGraph):
+            known = list(get_args(TokenAblation))
+        else:
+            several = isinstance(self.subject, Task) and len(self.subject) > 1
+            paired = isinstance(self.subject, Task) and self.subject.corrupted is not None
+            possible = {"counterfactual": paired, "mean-positional": several}
+            known = [each for each in get_args(Ablation) if possible.get(each, True)]
+        return [each for each in known if each != own]
+
+    def _ablated(self, ablation: str) -> Ground:
+        return replace(self._ground(self.subject, ablation), name=f"ablation: {ablation}")
+
+    def _ground(self, subject: object, ablation: str | None = None, graph: Graph | None = None) -> Ground:
+        own = self.ground
+        ablation = own.conditions.ablation if ablation is None else ablation
+        graph = own.graph if graph is None else graph
+        setting = setting_for(self.model, graph, subject, ablation, -1, self.seed)
+        conditions = replace(own.conditions, ablation=ablation)
+        return Ground(graph, conditions, Gauge.of(setting, graph, self.metric), own.batch_size)
+
+    # -- prompts -----------------------------------------------------------------------------------
+
+    def _text(self) -> str | None:
+        """The prompt as text, if it is one and the tokenizer reads it back as it was."""
+        if not isinstance(self.subject, Tensor) or self.model.model.tokenizer is None:
+            return None
+        ids = self.subject.tolist()
+        special = set(getattr(self.model.model.tokenizer, "all_special_ids", []))
+        text = self.model.model.tokenizer.decode([token for token in ids if token not in special])
+        return text if text and self._ids(text).tolist() == ids else None
+
+    def _ids(self, text: str) -> Int[Tensor, " pos"]:
+        return self.model.tokens(text).cpu()
+
+    def _prompted(self, name: str, prompt: object) -> Ground:
+        if isinstance(self.ground.graph, TokenGraph):
+            tokens = self.model.tokens(prompt)  # type: ignore[arg-type]
+            if len(tokens) != self.ground.graph.n_pos:
+                raise ValueError(
+                    f"`prompts` must be as long as the circuit's own on the token graph, {self.ground.graph.n_pos} "
+                    f"tokens, got {len(tokens)} for {name}: an edge leads from one place in the prompt to another."
+                )
+        return replace(self._ground(prompt), name=f"prompt: {name}")
+
+    def _swapped(self, text: str, swaps: Mapping[str, str] | None) -> list[str]:
+        """The prompt with names and nouns swapped, of as many tokens as before."""
+        length = len(self._ids(text))
+        if swaps is not None:
+            other = _with_words(text, lambda word: swaps.get(word, word))
+            if other == text or (len(self._ids(other)) != length and isinstance(self.ground.graph, TokenGraph)):
+                raise ValueError(
+                    f"`swaps` must change words of the prompt and leave its number of tokens, {length}, as it is, got "
+                    f"{other!r} of {len(self._ids(other))}."
+                )
+            return [other]
+        random, found = Random(f"swap {self.seed}"), []
+        for _ in range(40):
+            chosen: dict[str, str] = {}
+
+            def another(word: str, chosen: dict[str, str] = chosen) -> str:
+                kinds = [kind for kind in WORDS if word in kind]
+                if word not in chosen and kinds:
+                    chosen[word] = random.choice([each for each in kinds[0] if each != word])
+                return chosen.get(word, word)
+
+            other = _with_words(text, another)
+            if not chosen:
+                return []
+            if other not in found and len(self._ids(other)) == length:
+                found.append(other)
+            if len(found) == 2:
+                break
+        return found
+
+    def _prepended(self) -> Ground:
+        """A token drawn at random before the prompt, behind the token that begins a sequence.
+
+        What leads from it and to it is kept, so that all edges together are the model on the longer prompt.
+        """
+        assert isinstance(self.subject, Tensor)
+        ids = self.subject.tolist()
+        special = set(getattr(self.model.model.tokenizer, "all_special_ids", []))
+        place = int(bool(ids) and ids[0] in special)
+        pool = ordinary_tokens(self.model)
+        generator = torch.Generator().manual_seed(self.seed)
+        token = int(pool[torch.randint(len(pool), (1,), generator=generator)])
+        longer = torch.tensor([*ids[:place], token, *ids[place:]])
+        name = f"prompt: {self.model.texts([token])[0]!r} prepended"
+        graph = self.ground.graph
+        if not isinstance(graph, TokenGraph):
+            return replace(self._ground(longer), name=name)
+        wider = replace(graph, n_pos=graph.n_pos + 1)
+        return replace(self._ground(longer, graph=wider), places=_places(graph, wider, place), name=name)
+
+
+def _places(graph: TokenGraph, wider: TokenGraph, place: int) -> Int[Tensor, " edge"]:
+    """Where the edges of a graph stand in that of a prompt with one more token at some place."""
+    numbers = unflatten(wider, torch.arange(wider.n_edges), -1)
+    old = [pos for pos in range(wider.n_pos) if pos != place]
+    kept = {}
+    for kind, number in numbers.items():
+        number = number[:, :, old][..., old] if kind == "head" else number[:, old]
+        kept[kind] = number
+    return flatten(graph, kept)
+
+
+def _with_words(text: str, change: Callable[[str], str]) -> str:
+    return re.sub(r"[A-Za-z]+", lambda match: change(match[0]), text)
+
+
+def _shown(prompt: object) -> str:
+    return str(prompt) if isinstance(prompt, Task) else repr(prompt)
