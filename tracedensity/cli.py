@@ -107,6 +107,9 @@ OwnModelOption = Annotated[
 CircuitArgument = Annotated[
     Path, typer.Argument(metavar="CIRCUIT", help="A saved circuit, or a JSON file of the MIB benchmark.")
 ]
+BudgetOption = Annotated[
+    int | None, typer.Option(metavar="N", help="What a search may spend, in forward passes.", show_default="400")
+]
 SeedOption = Annotated[int | None, typer.Option(help="For whatever is drawn at random.", show_default="0")]
 
 
@@ -148,11 +151,10 @@ def density(
         bool | None,
         typer.Option("--refine", help="Search for smaller circuits at every threshold.", show_default=False),
     ] = None,
-    budget: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="What the search may spend per threshold, in forward passes.", show_default="400"
-        ),
+    budget: BudgetOption = None,
+    robust: Annotated[
+        bool | None,
+        typer.Option("--robust", help="Find circuits that also stand other ablations and prompts.", show_default=False),
     ] = None,
     thresholds: Annotated[
         str | None,
@@ -218,6 +220,7 @@ def density(
         signed=signed,
         refine=refine,
         budget=budget,
+        robust=robust,
         ablation=ablation,
         steps=steps,
         ungroup=ungroup,
@@ -439,6 +442,80 @@ def check(
         return
     typer.echo(f"{found}\n{complete}\n\nWhat it is less faithful by without an edge, least needed first:")
     typer.echo(edges.head(10).to_string(index=False))
+
+
+@app.command()
+def refine(
+    file: CircuitArgument,
+    faithfulness: Annotated[
+        float | None, typer.Option(metavar="F", help="What the circuit has to reach.", show_default="0.9")
+    ] = None,
+    budget: BudgetOption = None,
+    seed: SeedOption = None,
+    model: OwnModelOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+    out: Annotated[Path | None, typer.Option(metavar="OUT", help="Write the circuit to this safetensors file.")] = None,
+) -> None:
+    """Search for a smaller circuit that is faithful enough."""
+    _require_folders(out)
+    _require_own(out)
+    with _quiet():
+        found = _read_circuit(file)
+        loaded = _model_of(found, model, device)
+        options = _given(faithfulness=faithfulness, budget=budget, seed=seed)
+        smaller = td.refine(loaded, found.provenance.subject, found, **options)
+        if out is not None:
+            smaller.save(out)
+    if as_json:
+        assert smaller.certificate is not None
+        about = {"n_edges": smaller.n_edges, "metric": smaller.metric, "faithfulness": smaller.faithfulness}
+        typer.echo(json.dumps({**about, "certificate": smaller.certificate.to_dict()}, allow_nan=False))
+        return
+    typer.echo(f"{found}\n{smaller}")
+
+
+@app.command()
+def trust(
+    file: CircuitArgument,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(metavar="P", help="Another prompt to run it on; may be given several times.", show_default=False),
+    ] = None,
+    swap: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="A=B",
+            help="Swap a word for another; may be given several times.",
+            show_default="names and nouns are drawn",
+        ),
+    ] = None,
+    n_random: Annotated[
+        int | None, typer.Option(help="How many random circuits of its size to run.", show_default="20")
+    ] = None,
+    n_seeds: Annotated[
+        int | None, typer.Option(help="How many times to search again, if it was searched for.", show_default="2")
+    ] = None,
+    budget: Annotated[
+        int | None, typer.Option(metavar="N", help="What each search may spend.", show_default="the circuit's own")
+    ] = None,
+    seed: SeedOption = None,
+    model: OwnModelOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What a circuit does under other ablations, on other prompts and beside other circuits."""
+    if bad := [each for each in swap or () if "=" not in each]:
+        raise ValueError(f"`--swap` must be two words with = between them, like Lily=Anna, got {bad[0]!r}.")
+    swaps = dict(each.split("=", 1) for each in swap) if swap else None
+    with _quiet():
+        found = _read_circuit(file)
+        loaded = _model_of(found, model, device)
+        options = _given(
+            prompts=prompt, swaps=swaps, n_random=n_random, n_seeds=n_seeds, budget=budget, seed=seed
+        )  # fmt: skip
+        checked = found.check(loaded, **options)
+    typer.echo(json.dumps(checked.to_dict(), allow_nan=False) if as_json else repr(checked))
 
 
 @app.command()

@@ -162,7 +162,11 @@ def density(
         home = Home(
             transformer, curve.provenance.subject, ground, ground.gauge.metric if metric is None else metric, seed
         )
-        curve = replace(curve, robust=curve_on(home.situations(USUAL if robust is True else robust), False))
+        stout = curve_on(home.situations(USUAL if robust is True else robust), False)
+        if isinstance(curve, TightCurve) and isinstance(stout, TightCurve):  # what stands a lot stands at home
+            at_home = [circuit.at_home() for circuit in stout.refined]
+            curve = TightCurve.of(curve.published, curve.families, (*curve.refined, *at_home))
+        curve = replace(curve, robust=stout)
     return curve
 
 

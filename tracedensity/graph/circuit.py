@@ -155,6 +155,18 @@ class Circuit:
         """Other edges for the same prompt, run the same way; what was known of these is not known of those."""
         return replace(self, kept=kept, faithfulness=None, certificate=None)
 
+    def at_home(self) -> "Circuit":
+        """The circuit as one that was only asked to be faithful where it is at home.
+
+        Which of its edges are needed there is another question than which are needed in all situations.
+        """
+        if self.certificate is None or not self.certificate.situations:
+            return self
+        unknown = {kind: torch.zeros_like(mask) for kind, mask in self.kept.items()}
+        return replace(
+            self, certificate=replace(self.certificate, needed=unknown, minimum=False, situations=(), worst=None)
+        )
+
     @cached_property
     def pruned_size(self) -> int:
         """Number of edges on a path from an input to the output."""

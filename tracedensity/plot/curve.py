@@ -9,6 +9,7 @@ import torch
 from tracedensity.curve import DensityCurve, Points
 from tracedensity.graph.component import ComponentGraph
 from tracedensity.plot.theme import COLOURS, FAINT, MUTED, TEMPLATE, heading, label, percent, quoted
+from tracedensity.tight import TightCurve
 
 EMPTY = 0.5
 """Where the circuit of no edge is drawn: a logarithmic axis has no 0."""
@@ -41,8 +42,21 @@ def plot_curve(curve: DensityCurve) -> go.Figure:
         if points is not None:
             line = {"color": COLOURS[name], "width": 1.5, "dash": dash}
             figure.add_traces(_lines(points, curve.n_edges, text, of, line, size=4))
-    line = {"color": COLOURS["circuit"], "width": 2}
-    figure.add_traces(_lines(curve, curve.n_edges, "circuit", "size", line, size=5))
+    if isinstance(curve, TightCurve):
+        ranked = curve.published.provenance.method, curve.published.ranking.family
+        line = {"color": COLOURS["published"], "width": 1.5}
+        text = f"published estimator: {', '.join(map(label, ranked))}"
+        figure.add_traces(_lines(curve.published, curve.n_edges, text, "size", line, size=4))
+    if curve.robust is not None:
+        line = {"color": COLOURS["circuit"], "width": 1.5, "dash": "dashdot"}
+        if isinstance(curve.robust, TightCurve):
+            line["shape"] = "hv"
+        text = f"robust: the least of {len(curve.robust.situations)} situations"
+        figure.add_traces(_lines(curve.robust, curve.n_edges, text, "size", line, size=4))
+    line, text = {"color": COLOURS["circuit"], "width": 2}, "circuit"
+    if isinstance(curve, TightCurve):  # between two points the smaller circuit is the best that is known
+        line, text = {**line, "shape": "hv"}, "tight: the best circuit known"
+    figure.add_traces(_lines(curve, curve.n_edges, text, "size", line, size=5))
     _add_thresholds(figure, curve)
     _add_axes(figure, curve)
     return figure
@@ -57,7 +71,7 @@ def _lines(points: Points, n_edges: int, name: str, of: str, line: dict[str, Any
     ]
     n_empty = int(sizes[0] == 0)
     shared = {"mode": "lines+markers", "line": line, "marker": {"size": size}, "legendgroup": name, "name": name}
-    shared |= {"hovertemplate": "%{text}", "legendrank": 1 if name == "circuit" else 3}
+    shared |= {"hovertemplate": "%{text}", "legendrank": 1 if name.startswith(("circuit", "tight")) else 3}
     joined = slice(n_empty, None)
     traces = [go.Scatter(x=sizes[joined], y=faithfulness[joined], text=hover[joined], **shared)]
     if n_empty:
@@ -123,7 +137,10 @@ def _apart(heights: tuple[float, ...], gap: float = 0.05) -> list[float]:
 
 
 def _add_axes(figure: go.Figure, curve: DensityCurve) -> None:
-    smallest = min(int(points.sizes[0]) for points in (curve, curve.random, curve.inverse) if points is not None)
+    drawn = [curve, curve.random, curve.inverse, curve.robust]
+    drawn += [curve.published] if isinstance(curve, TightCurve) else []
+    shown = [points for points in drawn if points is not None]
+    smallest = min(int(points.sizes[0]) for points in shown)
     decades = 10 ** np.arange(len(str(curve.n_edges)))
     ticks, texts = decades.tolist(), [f"{size:,}" for size in decades]
     if smallest == 0:
@@ -133,6 +150,7 @@ def _add_axes(figure: go.Figure, curve: DensityCurve) -> None:
     limits = np.log10([low, curve.n_edges * 1.15]).tolist()
     shares = 10.0 ** np.arange(-int(np.log10(curve.n_edges)), 1)  # from one edge up to all
     measure = _MEASURES.get(curve.metric, label(curve.metric))
+    tight = isinstance(curve, TightCurve)
     conditions = ["all skips kept"] * curve.conditions.keep_residual
     conditions += ["absent attention edges not ablated"] * (curve.conditions.attention == "open")
     task = curve.provenance.named_task
@@ -144,10 +162,10 @@ def _add_axes(figure: go.Figure, curve: DensityCurve) -> None:
         title = f"{label(task.name)}: {len(task)} {'pair' if len(task) == 1 else 'pairs'}"
     else:
         title = f"{quoted(curve.top_text, 20)} after {quoted(curve.provenance.prompt)}"
-    reached = torch.cat([points.faithfulness for points in (curve, curve.random, curve.inverse) if points is not None])
+    reached = torch.cat([points.faithfulness.double() for points in shown])
     about = [
         label(curve.provenance.model),
-        f"edges by {label(curve.provenance.method)}, {label(curve.ranking.family)}",
+        *([] if tight else [f"edges by {label(curve.provenance.method)}, {label(curve.ranking.family)}"]),
         f"{curve.n_edges:,} edges",
         found,
         *([] if curve.conditions.ablation == "zero" else [f"{label(curve.conditions.ablation)} ablation"]),

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 COLOURS = {
     "head": "#0072B2",
     "mlp": "#D55E00",
+    "published": "#CC79A7",
     "residual": "#8A8A8A",
     "circuit": "#1A1A1A",
     "random": "#E69F00",
