@@ -7,9 +7,9 @@ the kind and index under which the package stores it: ``("head", (layer, head, d
 """
 
 import heapq
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise, product
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -21,6 +21,7 @@ Edge: TypeAlias = tuple[str, tuple[int, ...]]
 Edges: TypeAlias = frozenset[Edge]
 
 RESIDUAL = ("resid_attn", "resid_mlp")
+AROUND_MLP = ("mlp", "neuron", "resid_mlp")
 NUCLEI = (1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 99)  # percent
 GELU = np.sqrt(2 / np.pi)
 ACTIVATIONS: dict[str, Callable[[Vector], Vector]] = {
@@ -40,6 +41,7 @@ class Shape(NamedTuple):
     n_heads: int
     n_pos: int
     has_mlp: bool
+    d_mlp: int | None = None  # neurons per MLP if each is an edge
 
 
 def output(shape: Shape) -> Node:
@@ -52,25 +54,28 @@ def after_attention(shape: Shape, layer: int, pos: int) -> Node:
 
 def source(shape: Shape, edge: Edge) -> Node:
     kind, (layer, *rest) = edge
-    if kind in ("mlp", "resid_mlp"):
-        return ("mid", layer, rest[-1])
+    if kind in AROUND_MLP:
+        return ("mid", layer, rest[0])
     return ("pre", layer, rest[-1])
 
 
 def target(shape: Shape, edge: Edge) -> Node:
     kind, (layer, *rest) = edge
-    if kind in ("mlp", "resid_mlp"):
+    if kind in AROUND_MLP:
         return ("pre", layer + 1, rest[0])
     return after_attention(shape, layer, rest[1] if kind == "head" else rest[0])
 
 
 def in_edges(shape: Shape, node: Node) -> list[Edge]:
-    """In the order in which they are pushed: by source, skip connection first, then heads; skip, then MLP."""
+    """In the order in which they are pushed: by source, skip connection first, then heads; skip, MLP or neurons."""
     where, layer, pos = node
     if where == "pre" and layer == 0:
         return []
     if where == "pre" and shape.has_mlp:
-        return [("resid_mlp", (layer - 1, pos)), ("mlp", (layer - 1, pos))]
+        skip = ("resid_mlp", (layer - 1, pos))
+        if shape.d_mlp is None:
+            return [skip, ("mlp", (layer - 1, pos))]
+        return [skip, *(("neuron", (layer - 1, pos, neuron)) for neuron in range(shape.d_mlp))]
     if where == "pre":
         layer -= 1
     edges: list[Edge] = []
@@ -122,21 +127,45 @@ def connected(shape: Shape, edges: Iterable[Edge]) -> Edges:
 
 
 @dataclass
-class Run:
-    """What one forward pass made: the stream at every node, the summand of every edge, and the prediction."""
+class Ablated:
+    """What absent edges carry; those of which nothing is said here carry nothing.
 
-    stream: dict[Node, Vector]
-    vectors: dict[Edge, Vector]
-    logits: Vector
+    Attributes:
+        values: The value of each head, by layer and source.
+        patterns: How much a head attends to each source, by layer, head and target; where nothing is said, as in the
+            circuit itself.
+        vectors: What MLPs and skip connections carry.
+        hidden: The activation of each neuron, by layer and token.
+    """
+
+    values: dict[tuple[int, int], list[Vector]] = field(default_factory=dict)
+    patterns: dict[tuple[int, int, int], Vector] = field(default_factory=dict)
+    vectors: dict[Edge, Vector] = field(default_factory=dict)
+    hidden: dict[tuple[int, int], Vector] = field(default_factory=dict)
+
+
+@dataclass
+class Run(Ablated):
+    """What one forward pass made: the same of every edge, the stream at every node, and the prediction."""
+
+    stream: dict[Node, Vector] = field(default_factory=dict)
+    logits: Vector = field(default_factory=lambda: np.zeros(0))
+
+
+NOTHING = Ablated()
 
 
 class Oracle:
-    """A model and a prompt."""
+    """A model and a prompt.
 
-    def __init__(self, model: Any, tokens: Iterable[int]) -> None:
+    With `neurons`, each neuron of an MLP is an edge, and not the MLP.
+    """
+
+    def __init__(self, model: Any, tokens: Iterable[int], *, neurons: bool = False) -> None:
         self.cfg = model.cfg
         self.tokens = [int(token) for token in tokens]
-        self.shape = Shape(self.cfg.n_layers, self.cfg.n_heads, len(self.tokens), not self.cfg.attn_only)
+        d_mlp = self.cfg.d_mlp if neurons else None
+        self.shape = Shape(self.cfg.n_layers, self.cfg.n_heads, len(self.tokens), not self.cfg.attn_only, d_mlp)
         self.weights: dict[str, Vector] = {
             name: parameter.detach().double().cpu().numpy() for name, parameter in model.named_parameters()
         }
@@ -215,51 +244,73 @@ class Oracle:
         weights = np.exp(scores - scores.max())
         return weights / weights.sum()
 
-    def mlp(self, layer: int, x: Vector) -> Vector:
+    def hidden(self, layer: int, x: Vector) -> Vector:
+        """The activations of the neurons that read a stream."""
         if not self.only_after:
             x = self.normed(f"blocks.{layer}.ln2", x)
         act = ACTIVATIONS[self.cfg.act_fn]
         W_in, b_in = self.weight(layer, "mlp.W_in"), self.weight(layer, "mlp.b_in")
         if self.cfg.gated_mlp:
-            hidden = act(x @ self.weight(layer, "mlp.W_gate")) * (x @ W_in) + b_in
-        else:
-            hidden = act(x @ W_in + b_in)
+            return act(x @ self.weight(layer, "mlp.W_gate")) * (x @ W_in) + b_in
+        return act(x @ W_in + b_in)
+
+    def mlp(self, layer: int, hidden: Vector) -> Vector:
+        """What the MLP adds to the stream, given the activations of its neurons."""
         out = hidden @ self.weight(layer, "mlp.W_out") + self.weight(layer, "mlp.b_out")
         return self.normed(f"blocks.{layer}." + self.norm_after.format(2), out) if self.norm_after else out
 
-    def run(self, kept: Edges | None = None) -> Run:
-        """The model with only some edges; all if None.
+    def run(
+        self,
+        kept: Edges | Mapping[Edge, float] | None = None,
+        ablated: Ablated = NOTHING,
+        *,
+        everywhere: bool = False,
+    ) -> Run:
+        """The model with only some edges, or with shares of them; all if None.
 
-        What an edge brings is left out if it is absent; patterns, values and norms are those of the stream that
-        results. Contributions are recorded before they are left out.
+        An absent edge brings what it carries when ablated, by default nothing, and one that is kept in part so much of
+        both; patterns, values and norms are those of the stream that results. Contributions are recorded before.
+
+        Args:
+            kept: The edges, or the share of each that is kept.
+            ablated: What the others carry.
+            everywhere: Whether to run the last layer at all tokens, also at those that cannot reach the output.
         """
+        shares = kept if isinstance(kept, Mapping) else None if kept is None else dict.fromkeys(kept, 1.0)
 
-        def present(kind: str, *index: int) -> bool:
-            return kept is None or (kind, index) in kept
+        def share(kind: str, *index: int) -> float:
+            return 1.0 if shares is None else shares.get((kind, index), 0.0)
 
-        n_layers, n_heads, n_pos, has_mlp = self.shape
+        def mixed(own: Vector, instead: Vector | float, share: float) -> Vector:
+            return share * own + (1 - share) * instead
+
+        n_layers, n_heads, n_pos, has_mlp, d_mlp = self.shape
         stream: dict[Node, Vector] = {("pre", 0, pos): self.embedded(pos) for pos in range(n_pos)}
-        vectors: dict[Edge, Vector] = {}
+        made = Run(stream=stream)
         for layer in range(n_layers):
             before = [stream["pre", layer, pos] for pos in range(n_pos)]
             ln1 = f"blocks.{layer}.ln1"
             read = before if self.only_after else [self.normed(ln1, x) for x in before]
             keys = [self.projected(layer, "K", x) for x in read]
-            values = [self.projected(layer, "V", x) for x in read]
             W_O, b_O = self.weight(layer, "attn.W_O"), self.weight(layer, "attn.b_O")
+            written, instead = [], []  # by a head from a source, if it attends to nothing else
+            for src in range(n_pos):
+                values = made.values[layer, src] = self.projected(layer, "V", read[src])
+                written.append([values[head] @ W_O[head] for head in range(n_heads)])
+                values = ablated.values.get((layer, src), [np.zeros(len(W_O[0]))] * n_heads)
+                instead.append([values[head] @ W_O[head] for head in range(n_heads)])
             # In the last layer nothing but the last token reaches the output.
-            dests = range(n_pos) if layer < n_layers - 1 else [n_pos - 1]
-            for dest in dests:
+            for dest in range(n_pos) if everywhere or layer < n_layers - 1 else [n_pos - 1]:
                 queries = self.projected(layer, "Q", read[dest])
                 brought = {}
-                for head in range(n_heads):
-                    pattern = self.pattern(queries, keys, head, dest)
-                    for src in range(dest + 1):
-                        brought[head, src] = pattern[src] * (values[src][head] @ W_O[head])
                 total = b_O.copy()
-                for (head, src), vector in brought.items():
-                    if present("head", layer, head, dest, src):
-                        total += vector
+                for head in range(n_heads):
+                    pattern = made.patterns[layer, head, dest] = self.pattern(queries, keys, head, dest)
+                    other = ablated.patterns.get((layer, head, dest), pattern)
+                    for src in range(dest + 1):
+                        vector = brought[head, src] = pattern[src] * written[src][head]
+                        of_it = share("head", layer, head, dest, src)
+                        total += mixed(vector, other[src] * instead[src][head], of_it)
                 attn_out = total
                 if self.norm_after:
                     norm = f"blocks.{layer}." + self.norm_after.format(1)
@@ -267,30 +318,53 @@ class Oracle:
                     brought = {at: self.linearised(norm, vector, frozen) for at, vector in brought.items()}
                     attn_out = self.normed(norm, total)
                 for (head, src), vector in brought.items():
-                    vectors["head", (layer, head, dest, src)] = vector
-                vectors["resid_attn", (layer, dest)] = before[dest]
-                mid = attn_out.copy()
-                if present("resid_attn", layer, dest):
-                    mid += before[dest]
+                    made.vectors["head", (layer, head, dest, src)] = vector
+
+                def left_of(kind: str, own: Vector, at: tuple[int, int] = (layer, dest)) -> Vector:
+                    made.vectors[kind, at] = own
+                    return mixed(own, ablated.vectors.get((kind, at), 0.0), share(kind, *at))
+
+                mid = attn_out + left_of("resid_attn", before[dest])
                 stream[after_attention(self.shape, layer, dest)] = mid
                 if has_mlp:
-                    mlp_out = self.mlp(layer, mid)
-                    vectors["mlp", (layer, dest)] = mlp_out
-                    vectors["resid_mlp", (layer, dest)] = mid
-                    after = np.zeros_like(mid)
-                    if present("mlp", layer, dest):
-                        after += mlp_out
-                    if present("resid_mlp", layer, dest):
-                        after += mid
-                    stream["pre", layer + 1, dest] = after
+                    hidden = made.hidden[layer, dest] = self.hidden(layer, mid)
+                    if d_mlp is None:
+                        mlp_out = left_of("mlp", self.mlp(layer, hidden))
+                    else:
+                        of_each = np.array([share("neuron", layer, dest, neuron) for neuron in range(d_mlp)])
+                        absent = ablated.hidden.get((layer, dest), np.zeros(d_mlp))
+                        mlp_out = self.mlp(layer, of_each * hidden + (1 - of_each) * absent)
+                    stream["pre", layer + 1, dest] = mlp_out + left_of("resid_mlp", mid)
         last = self.normed("ln_final", stream[output(self.shape)])
         logits = last @ self.weights["unembed.W_U"] + self.weights["unembed.b_U"]
         if (cap := self.cfg.output_logits_soft_cap) > 0:
             logits = cap * np.tanh(logits / cap)
-        return Run(stream, vectors, logits)
+        made.logits = logits
+        return made
+
+    def means(self) -> Ablated:
+        """What edges bring of an average token of the prompt; heads attend to it as they do in the circuit."""
+        run, everyone = self.run(everywhere=True), range(self.shape.n_pos)
+        mean = Ablated()
+        for layer, pos in product(range(self.shape.n_layers), everyone):
+            mean.values[layer, pos] = [
+                average([run.values[layer, src][head] for src in everyone]) for head in range(self.shape.n_heads)
+            ]
+            for kind in ("mlp", *RESIDUAL):
+                if (kind, (layer, pos)) in run.vectors:
+                    mean.vectors[kind, (layer, pos)] = average([run.vectors[kind, (layer, each)] for each in everyone])
+            if self.shape.has_mlp:
+                mean.hidden[layer, pos] = average([run.hidden[layer, each] for each in everyone])
+        return mean
 
     def circuit(
-        self, edges: Iterable[Edge], *, inverse: bool = False, keep_residual: bool = False, attention: str = "masked"
+        self,
+        edges: Iterable[Edge],
+        *,
+        inverse: bool = False,
+        keep_residual: bool = False,
+        attention: str = "masked",
+        ablated: Ablated = NOTHING,
     ) -> Vector:
         """Logits of a circuit, or of its complement, which keeps all skip connections."""
         kept = set(edges)
@@ -301,7 +375,32 @@ class Oracle:
             kept |= {edge for edge in everything if edge[0] in RESIDUAL}
         if attention == "open":
             kept |= {edge for edge in everything if edge[0] == "head"}
-        return self.run(frozenset(kept)).logits
+        return self.run(frozenset(kept), ablated).logits
+
+    def effects(
+        self,
+        metric: Callable[[Vector], float],
+        edges: Iterable[Edge],
+        kept: Mapping[Edge, float],
+        ablated: Sequence[Ablated] = (NOTHING,),
+        *,
+        step: float = 1e-4,
+    ) -> dict[Edge, float]:
+        """What a metric of the logits changes by, to first order, as edges are ablated: central differences.
+
+        Args:
+            metric: What is measured.
+            edges: Of which edges.
+            kept: Where the slope is taken: the share of each edge that is kept.
+            ablated: What edges carry when ablated, in several runs, over which the mean is taken.
+            step: Change of the share of an edge, up and down.
+        """
+
+        def measured(edge: Edge, change: float) -> float:
+            shares = {**kept, edge: kept[edge] + change}
+            return sum(metric(self.run(shares, each).logits) for each in ablated) / len(ablated)
+
+        return {edge: (measured(edge, -step) - measured(edge, step)) / (2 * step) for edge in edges}
 
     def scores(self, method: str) -> dict[Edge, float]:
         """The importance of every edge, by a method that compares contributions."""
@@ -317,6 +416,10 @@ class Oracle:
                 state = self.linearised("ln_final", state, scale)
             scores.update(zip(edges, importances(method, summands, state), strict=True))
         return scores
+
+
+def average(vectors: list[Vector]) -> Vector:
+    return np.stack(vectors).mean(0)
 
 
 def l1(x: Vector) -> float:

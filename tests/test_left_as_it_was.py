@@ -36,6 +36,8 @@ WORK = {
     "capture": lambda model: td.capture(model, PROMPT),
     "norm": lambda model: td.attribute(model, PROMPT),
     "flow": lambda model: td.attribute(model, PROMPT, method="flow"),
+    "eap": lambda model: td.attribute(model, PROMPT, method="eap"),
+    "eap-ig": lambda model: td.attribute(model, PROMPT, method="eap-ig", neurons=True, ablation="resample"),
     "evaluate": lambda model: td.evaluate(model, PROMPT, td.attribute(model, PROMPT).rank(), [5, 50]),
     "density": lambda model: td.density(model, PROMPT),
 }

@@ -138,7 +138,7 @@ def of_kind(kind: str, case: Case) -> Case:
     return replace(case, kind=kind, **({"n_heads": 4, "n_kv_heads": 2} if kind == "grouped" else {}))
 
 
-shapes = st.builds(Shape, st.integers(1, 3), st.integers(1, 4), st.integers(1, 6), st.booleans())
+shapes = st.builds(Shape, st.integers(1, 3), st.integers(1, 4), st.integers(1, 6), st.booleans(), st.none())
 
 
 def by_edge(graph: Graph, values: Mapping[str, torch.Tensor]) -> dict[Edge, Any]:
@@ -232,7 +232,7 @@ def test_edges_are_those_with_a_path_to_the_output(shape):
 @given(shape=shapes)
 @few
 def test_number_of_edges_is_the_papers(shape):
-    n_layers, n_heads, n_pos, _ = shape
+    n_layers, n_heads, n_pos, *_ = shape
     full = n_heads * n_pos * (n_pos + 1) // 2 + 3 * n_pos
     assert TokenGraph(n_layers, n_heads, n_pos).n_edges == (n_layers - 1) * full + n_heads * n_pos + 3
 

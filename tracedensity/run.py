@@ -143,7 +143,7 @@ def run_shares(
         All these numbers and the gradients, means over examples.
 
     Raises:
-        ValueError: If a gradient is not finite, naming the kind of edge.
+        ValueError: If a gradient is not finite, naming the kind of edge, or the loss has none.
     """
     model, examples = setting.model, setting.prompts
     n_circuits = len(next(iter(kept.values())))
@@ -156,10 +156,19 @@ def run_shares(
             ablated = setting.ablated(some)
             for part in _parts(n_circuits, max(1, n_rows // n_some)):
                 n_part = part.stop - part.start
-                leaves = {kind: share[part].to(model.device).clone().requires_grad_() for kind, share in kept.items()}
+                absent = {kind: (1 - share[part].to(model.device)).requires_grad_() for kind, share in kept.items()}
+                with torch.enable_grad():  # whose gradients are joined once; each index would make one of the whole
+                    by_first = {kind: share.unbind(1) for kind, share in absent.items()}
 
-                def dropped(kind: str, where: Any, leaves: Mapping[str, Tensor] = leaves) -> Tensor | None:
-                    return None if conditions.keeps_all(kind) else 1 - _at(leaves[kind], where)
+                def dropped(
+                    kind: str,
+                    where: Any,
+                    absent: Mapping[str, Tensor] = absent,
+                    by_first: Mapping[str, tuple[Tensor, ...]] = by_first,
+                ) -> Tensor | None:
+                    if conditions.keeps_all(kind):
+                        return None
+                    return by_first[kind][where] if isinstance(where, int) else _at(absent[kind], where)
 
                 with torch.enable_grad():
                     logits = model.logits(
@@ -171,11 +180,13 @@ def run_shares(
                     )
                     require_finite(logits, "the logits of circuits")
                     measured = loss(logits.unflatten(0, (n_part, n_some)), some)
-                    found = torch.autograd.grad(measured["loss"].sum(), [*leaves.values()], allow_unused=True)
-                for kind, slope in zip(leaves, found, strict=True):
+                    if not measured["loss"].requires_grad:
+                        raise ValueError("`metric` must be differentiable, got one whose result has no gradient.")
+                    found = torch.autograd.grad(measured["loss"].sum(), [*absent.values()], allow_unused=True)
+                for kind, slope in zip(absent, found, strict=True):
                     if slope is not None:
                         require_finite(slope, f"the gradients at edges of kind {kind!r}")
-                        slopes[kind][part] += slope / len(examples)
+                        slopes[kind][part] -= slope / len(examples)
                 for name, each in measured.items():
                     total = values.setdefault(name, each.new_zeros(n_circuits))
                     total[part] += each.detach().sum(1) / len(examples)

@@ -234,7 +234,7 @@ class Circuit:
     def to_dataframe(self) -> "pd.DataFrame":
         """One row per edge: its name and kind.
 
-        On the token graph its layer, and for heads `head`, `src`, `dest` (else `pos`); on the component graph
+        On the token graph its layer, and for heads `head`, `src`, `dest` (else `pos`, and `neuron`); on the component graph
         `source`, `target` and `read_as`.
         """
         import pandas as pd
@@ -246,7 +246,7 @@ class Circuit:
                 for place in places
             ]
             return pd.DataFrame(rows, columns=["edge", "kind", "source", "target", "read_as"])
-        columns = {4: ("layer", "head", "dest", "src"), 2: ("layer", "pos")}
+        columns = {4: ("layer", "head", "dest", "src"), 3: ("layer", "pos", "neuron"), 2: ("layer", "pos")}
         frames = []
         for kind, mask in self.kept.items():
             frame = pd.DataFrame(mask.nonzero().numpy(), columns=list(columns[mask.dim()]))
@@ -254,7 +254,7 @@ class Circuit:
             frames.append(frame)
         table = pd.concat(frames, ignore_index=True)
         table.insert(0, "edge", self.edge_names())
-        return table.astype(dict.fromkeys(("layer", "head", "dest", "src", "pos"), "Int64"))
+        return table.astype({name: "Int64" for name in table.columns if name not in ("edge", "kind")})
 
     def verify(self, model: object, metric: "Metric | None" = None) -> "Circuit":
         """Run the circuit again and return it with the faithfulness just measured.

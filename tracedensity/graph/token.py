@@ -54,6 +54,10 @@ class TokenGraph:
     has_mlp: bool = True
     d_mlp: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.d_mlp is not None and not self.has_mlp:
+            raise ValueError(f"`d_mlp` must be None for a graph without MLPs, got {self.d_mlp}.")
+
     @classmethod
     def of(cls, model: Transformer, n_pos: int, *, neurons: bool = False) -> "TokenGraph":
         """The graph of a model for prompts of `n_pos` tokens.
@@ -207,7 +211,7 @@ class TokenGraph:
 
         def share(kind: str, layer: int) -> Tensor | None:
             found = dropped(kind, layer)
-            return found if found is None else found.repeat_interleave(len(rows.last), 0)
+            return found if found is None or len(rows.last) == 1 else found.repeat_interleave(len(rows.last), 0)
 
         def tiled(site: Site) -> Tensor | None:
             value = instead.get(site)
@@ -254,9 +258,10 @@ class TokenGraph:
         return edits
 
     def fed(self, kept: Bool[Tensor, "*circuit edge"]) -> Bool[Tensor, "*circuit edge"]:
-        """Circuits, and the skip connections without which their heads and MLPs would have nothing to read.
+        """Circuits, and the skip connections without which their heads would have nothing to read.
 
-        These lead from the embedding of a token up to where the token is last read, or up to the prediction.
+        These lead from the embedding of a token up to where a head last reads the token, or up to the prediction. (An
+        MLP at a token that no head reads afterwards brings nothing to anybody.)
         """
         by_kind = unflatten(self, kept, False)
         read = by_kind["head"].any(-3).any(-2)  # [*circuit, layer, src]
@@ -280,4 +285,6 @@ def _patched(value: Tensor, absent: Tensor, instead: Tensor | None) -> Tensor:
             value.masked_fill(absent, 0.0) if instead is None else torch.where(absent, instead.to(value.dtype), value)
         )
     absent = absent.to(value.dtype)
-    return value * (1 - absent) if instead is None else value + absent * (instead.to(value.dtype) - value)
+    if instead is None:
+        return torch.addcmul(value, value, absent, value=-1)
+    return value + absent * (instead.to(value.dtype) - value)

@@ -51,7 +51,7 @@ def plot_circuit(circuit: Circuit, *, prediction: str | None = None) -> go.Figur
 
     Tokens stand side by side, the embedding at the bottom; each layer has two rows, the stream after
     attention and after the MLP (one row without MLPs). Skip connections are vertical, MLPs bars beside
-    them, and all heads of a layer between the same two tokens are one line, the wider the more they are.
+    them (neurons of one MLP are one bar), and all heads of a layer between the same two tokens are one line, the wider the more they are.
     Where more than `MAX_LINKS` lines would be needed, only those into the last token are drawn, beside
     all skips and MLPs, and the title says so.
 
@@ -67,6 +67,8 @@ def plot_circuit(circuit: Circuit, *, prediction: str | None = None) -> go.Figur
     texts = [label(shortened(visible(text), 24)) for text in circuit.provenance.texts]
     sheet = _Sheet(circuit.graph, tuple(f"'{text}' ({pos})" for pos, text in enumerate(texts)))
     kept = {kind: mask.cpu() for kind, mask in circuit.kept.items()}
+    if "neuron" in kept:  # neurons of an MLP are one bar
+        kept["mlp"] = kept["neuron"].any(-1)
     linked = kept["head"].any(1)  # [layer, dest, src]
     touched = _touched(sheet, kept, linked)
     detailed = int(touched.sum()) <= MAX_STATES
@@ -204,6 +206,13 @@ def _add_skips(figure: go.Figure, sheet: _Sheet, kept: Mapping[str, Tensor], det
         figure.add_trace(_touch(x, bottom + 0.5, texts, "skip", COLOURS["residual"]))
 
 
+def _mlp_name(kept: Mapping[str, Tensor], layer: int, pos: int) -> str:
+    if "neuron" not in kept:
+        return f"m{layer}"
+    here = kept["neuron"][layer, pos]
+    return f"m{layer}: {int(here.sum())} of {len(here)} neurons"
+
+
 def _add_mlps(figure: go.Figure, sheet: _Sheet, kept: Mapping[str, Tensor], detailed: bool) -> None:
     if "mlp" not in kept:
         return
@@ -216,7 +225,7 @@ def _add_mlps(figure: go.Figure, sheet: _Sheet, kept: Mapping[str, Tensor], deta
     if detailed:
         thin = {**line, "width": sheet.crowding}
         figure.add_trace(_lines(_detour(pos, bottom, sheet.aside), "MLP", thin, showlegend=False))
-        texts = [f"m{i}<br>{sheet.names[p]}" for i, p in kept["mlp"].nonzero().tolist()]
+        texts = [_mlp_name(kept, i, p) + f"<br>{sheet.names[p]}" for i, p in kept["mlp"].nonzero().tolist()]
         figure.add_trace(_touch(aside, bottom + 0.5, texts, "MLP", COLOURS["mlp"]))
 
 

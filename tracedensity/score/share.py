@@ -20,7 +20,9 @@ def share_scores(setting: Setting, graph: TokenGraph, metric: Metric, steps: int
     over the path.
 
     If skip connections were scaled too, the path would be degenerate under normalisation, which undoes the scaling of a
-    stream as a whole: all that happens would happen next to zero.
+    stream as a whole: all that happens would happen next to zero. Where a norm stands after the sublayer (Gemma 2, OLMo
+    2) and its output has no bias, this happens to heads and neurons under zero ablation anyhow: take another ablation,
+    or many more steps.
 
     References:
         Edge attribution patching: arXiv 2310.10348; integrated gradients of edges: arXiv 2403.17806.
