@@ -37,6 +37,7 @@ BEST = {"token": ("norm", "norm-l2", "flow", "eap", "eap-ig"), "component": (Non
 """Methods whose rankings the method "best" tries, the usual one of the graph first."""
 
 
+@torch.inference_mode(False)  # where the user is in it: there are no gradients there
 def density(
     model: object,
     prompt: object,

@@ -48,6 +48,7 @@ _RESERVE = 0.2  # share of the budget that may be kept for trying single edges i
 Mask = Bool[Tensor, " edge"]
 
 
+@torch.inference_mode(False)  # where the user is in it: there are no gradients there
 def refine(
     model: object,
     prompt: object,
@@ -245,8 +246,7 @@ def refined(
     search = Search(grounds, float(faithfulness), budget - once, seed)
     interrupted = False
     try:
-        with torch.inference_mode(False):
-            search.go(start, below, left_out)
+        search.go(start, below, left_out)
     except KeyboardInterrupt:
         interrupted = True
         warnings.warn(
@@ -396,11 +396,9 @@ class Search:
         if found is None or self.left // 4 >= most:
             self.pruned(self.free if begin is None else begin, math.inf if found is None else self.left // 4)
         found, losses = self.swept(self.best)
-        while True:
+        while not self.minimum:
             if self.size(self.free) <= _SMALL:
                 self.exhausted()
-                if self.minimum:
-                    break
                 if self._draw() < 0.9:
                     self.wandered()
                     continue
@@ -419,7 +417,7 @@ class Search:
             self.start_size = self.size(begin)
         return begin
 
-    def shortest(self, base: Mask, order: Int[Tensor, " edge"]) -> Mask | None:
+    def shortest(self, base: Mask, order: Int[Tensor, " free"]) -> Mask | None:
         """A circuit with as few as possible of the edges first in an order: three rounds of brackets."""
         low, high = 0, len(order)
         found = None
@@ -443,11 +441,11 @@ class Search:
     def grown(
         self,
         core: Mask,
-        allowance: float,
+        allowance: float | int,
         *,
         fed: bool,
         most: int | None = None,
-        resting: Int[Tensor, " edge"] | None = None,
+        resting: Int[Tensor, " resting"] | None = None,
     ) -> Mask | None:
         """Let a circuit grow until it is faithful enough.
 
@@ -506,7 +504,7 @@ class Search:
         return None
 
     def _flipped(
-        self, core: Mask, flips: Sequence[Int[Tensor, " flip"]], whole: Callable[[Tensor], Tensor], loss: float
+        self, core: Mask, flips: Sequence[Int[Tensor, "_"]], whole: Callable[[Tensor], Tensor], loss: float
     ) -> "_Flipped":
         """Circuits in which some edges are flipped, run."""
         cores = core.repeat(len(flips), 1)
@@ -517,7 +515,7 @@ class Search:
         grown = (circuits.sum(1) - whole(core).sum()).double()
         return _Flipped(cores, trial.loss, loss - trial.loss, grown, self.faithful(trial))
 
-    def pruned(self, circuit: Mask, allowance: float) -> Mask:
+    def pruned(self, circuit: Mask, allowance: float | int) -> Mask:
         """Take away chunks of heads and MLPs, with the skip connections that only they needed.
 
         Where the circuit with just the skip connections that feed it is not faithful, skip connections are edges like
@@ -573,7 +571,7 @@ class Search:
     def _without(
         self,
         chosen: Mask,
-        chunks: Sequence[Int[Tensor, " chunk"]],
+        chunks: Sequence[Int[Tensor, "_"]],
         whole: Callable[[Tensor], Tensor],
         losses: Float[Tensor, " edge"] | None = None,
     ) -> Mask | None:

@@ -153,6 +153,7 @@ class Check:
         return f"<p><b>Check</b> {html.escape(repr(self.circuit))}</p>{shown}"
 
 
+@torch.inference_mode(False)  # where the user is in it: there are no gradients there
 def check(
     model: object,
     circuit: Circuit,

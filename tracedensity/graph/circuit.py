@@ -72,7 +72,8 @@ class Certificate:
     def to_dict(self) -> dict[str, Any]:
         """As what JSON can hold; of the edges that are needed their number."""
         values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "needed"}
-        return {**values, "n_needed": self.n_needed, "one_minimal": self.one_minimal}
+        known = {"n_needed": self.n_needed, "one_minimal": self.one_minimal}
+        return {**values, "situations": list(self.situations), **known}
 
     def __str__(self) -> str:
         if self.minimum:
@@ -234,8 +235,8 @@ class Circuit:
     def to_dataframe(self) -> "pd.DataFrame":
         """One row per edge: its name and kind.
 
-        On the token graph its layer, and for heads `head`, `src`, `dest` (else `pos`, and `neuron`); on the component graph
-        `source`, `target` and `read_as`.
+        On the token graph its layer, and for heads `head`, `src`, `dest` (else `pos`, and `neuron`); on the component
+        graph `source`, `target` and `read_as`.
         """
         import pandas as pd
 

@@ -51,9 +51,9 @@ def plot_circuit(circuit: Circuit, *, prediction: str | None = None) -> go.Figur
 
     Tokens stand side by side, the embedding at the bottom; each layer has two rows, the stream after
     attention and after the MLP (one row without MLPs). Skip connections are vertical, MLPs bars beside
-    them (neurons of one MLP are one bar), and all heads of a layer between the same two tokens are one line, the wider the more they are.
-    Where more than `MAX_LINKS` lines would be needed, only those into the last token are drawn, beside
-    all skips and MLPs, and the title says so.
+    them (neurons of one MLP are one bar), and all heads of a layer between the same two tokens are one line,
+    the wider the more they are. Where more than `MAX_LINKS` lines would be needed, only those into the last token
+    are drawn, beside all skips and MLPs, and the title says so.
 
     Args:
         circuit: What to draw; a loaded one will do, no model is run.
