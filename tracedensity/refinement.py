@@ -275,7 +275,7 @@ def refined(
     )
 
 
-class _SpentError(Exception):
+class SpentError(Exception):
     """The budget is spent."""
 
 
@@ -323,18 +323,18 @@ class Search:
         """Run circuits; the best is remembered.
 
         Raises:
-            _SpentError: If not all of them could be run. Those that could have been.
+            SpentError: If not all of them could be run. Those that could have been.
         """
         affordable = kept[: max(0, self.left // self.price)]
         if not len(affordable):
-            raise _SpentError
+            raise SpentError
         self.passes += len(affordable) * self.price
         trial = self.grounds[0].tried(affordable)
         for ground in self.grounds[1:]:
             trial = trial.and_also(ground.tried(affordable))
         self._remember(affordable, trial)
         if len(affordable) < len(kept):
-            raise _SpentError
+            raise SpentError
         return trial
 
     def _remember(self, kept: Bool[Tensor, "circuit edge"], trial: Trial) -> None:
@@ -357,7 +357,7 @@ class Search:
     def slopes(self, kept: Mask) -> Float[Tensor, " edge"]:
         """Gradient of the loss by what is kept of each edge; adding an edge of negative slope helps, to first order."""
         if self.left < GRADIENT_PASSES * self.price:
-            raise _SpentError
+            raise SpentError
         self.passes += GRADIENT_PASSES * self.price
         total = self.grounds[0].slopes(kept)
         for ground in self.grounds[1:]:
@@ -372,13 +372,13 @@ class Search:
 
     def go(self, start: Circuit | Ranking, below: Circuit | None, left_out: float) -> None:
         """Search until the budget is spent or all smaller circuits were run."""
-        with suppress(_SpentError):
+        with suppress(SpentError):
             self._look(start, below, left_out)
         self.reserve = 0
         if self.minimum:
             self.needed = self.best.clone()
         elif not torch.equal(self.needed, self.best):
-            with suppress(_SpentError):
+            with suppress(SpentError):
                 self.swept(self.best)
 
     def _look(self, start: Circuit | Ranking, below: Circuit | None, left_out: float) -> None:
