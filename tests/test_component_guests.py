@@ -516,7 +516,7 @@ ATTRIBUTE: list[tuple[str, Callable[[], Any], dict[str, Any], str]] = [
         "neurons of tokens",
         lambda: PROMPT,
         {"graph": "token", "neurons": True},
-        "`method` must be 'eap', 'eap-ig' or random for neurons",
+        "`method` must be one of .* or random for neurons",
     ),
     (
         "exact neurons",

@@ -237,6 +237,26 @@ SMOOTH: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("ablation", ["zero", "mean"])
+def test_scores_of_a_layers_path_add_up_to_the_effect_of_ablating_the_layer(tiny_model, ablation):
+    scores = td.attribute(tiny_model, PROMPT, method="eap-ig-layers", ablation=ablation, steps=64)
+    for layer in range(scores.graph.n_layers):
+        kept = {kind: mask.clone() for kind, mask in scores.exists.items()}
+        for kind in ("head", "mlp"):
+            kept[kind][layer] = False
+        ablated = td.Circuit(scores.graph, kept, scores.provenance, ablation=ablation)
+        effect = float(td.evaluate(tiny_model, PROMPT, ablated, metrics="kl").metrics["kl"])
+        total = sum(float(scores.values[kind][layer].sum()) for kind in ("head", "mlp"))
+        assert total == pytest.approx(effect, rel=1e-3)
+
+
+def test_the_path_of_an_only_layer_is_the_whole_path():
+    model = random_model(n_layers=1, act_fn="gelu_new", normalization_type="LN", dtype=torch.float64)
+    whole, layers = (td.attribute(model, PROMPT, method=each, steps=3) for each in ("eap-ig", "eap-ig-layers"))
+    for kind, value in whole.values.items():
+        torch.testing.assert_close(layers.values[kind], value)
+
+
 @every_ablation
 @pytest.mark.parametrize("neurons", [False, True])
 @pytest.mark.parametrize(("kind", "metric"), [("gpt2", "kl"), ("llama", "target"), ("norm after", "kl")])
@@ -366,7 +386,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("target", {"method": "eap", "target": 20}, "`target` must hold token ids from 0 to 19, got 20"),
     ("target of none", {"method": "norm", "target": 3}, "`target` must be left out for method 'norm'"),
     ("metric of none", {"method": "random", "metric": curved}, "`metric` must be left out for method 'random'"),
-    ("neurons", {"method": "flow", "neurons": True}, "`method` must be 'eap', 'eap-ig' or random for neurons"),
+    ("neurons", {"method": "flow", "neurons": True}, "`method` must be one of .* or random for neurons"),
     ("ablation", {"method": "eap", "ablation": "mean-positional"}, "`ablation` must be one of .* on the token graph"),
     ("slope", {"method": "eap", "metric": of_broken_slope}, "NaN or infinite in the gradients at edges of kind"),
     ("slope on the way", {"method": "eap-ig", "metric": of_broken_slope}, "in the gradients at edges of kind"),

@@ -67,7 +67,7 @@ def test_a_component_graph_is_run_out_too():
 
 def test_large_graphs_are_refused():
     shape = Shape(2, 2, 3, True)
-    with pytest.raises(ValueError, match="`method` must not be 'exhaustive' for a graph of .* the most is 22"):
+    with pytest.raises(ValueError, match=r"`method` must not be 'exhaustive' for a graph of .* the most is 22"):
         td.density(tiny_model(shape, "LN", 0), tiny_prompt(shape, 0), method="exhaustive")
     with pytest.raises(ValueError, match="`refine` must be left out for method 'exhaustive'"):
         td.density(tiny_model(SHAPES[0], "LN", 0), tiny_prompt(SHAPES[0], 0), method="exhaustive", refine=True)

@@ -3,7 +3,8 @@
 from typing import Literal
 
 TokenMethod = Literal[
-    "norm", "norm-l2", "norm-ratio", "flow", "flow-shifted", "cosine", "eap", "eap-ig", "random", "random-connected",
+    "norm", "norm-l2", "norm-ratio", "flow", "flow-shifted", "cosine", "eap", "eap-ig", "eap-ig-layers", "random",
+    "random-connected",
 ]  # fmt: skip
 """How edges of the token graph are scored."""
 

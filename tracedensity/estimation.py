@@ -33,7 +33,7 @@ from tracedensity.tight import TightCurve
 PRECISION = 0.02
 """A crossing of a threshold is known to this share of its size, or to one edge."""
 
-BEST = {"token": ("norm", "norm-l2", "flow", "eap", "eap-ig"), "component": (None, "eap", "flow")}
+BEST = {"token": ("norm", "norm-l2", "flow", "eap", "eap-ig-layers"), "component": (None, "eap", "flow")}
 """Methods whose rankings the method "best" tries, the usual one of the graph first."""
 
 

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+_GRADIENTS = ("eap", "eap-ig", "eap-ig-layers")
+"""Methods of the token graph that know a metric."""
+
+
 @dataclass(frozen=True, eq=False)
 class Scores:
     """One number per edge of a graph: how important it is, or the effect of ablating it.
@@ -159,7 +163,7 @@ def attribute(
             of the state (the density papers' code); ``"cosine"``: ``(1 + cos(z, y)) / 2``. ``"eap"``: minus the
             derivative of the metric by the share of the edge that is kept, where all is kept; ``"eap-ig"``: its mean
             over the middles of `steps` equal steps from heads and MLPs ablated to nothing ablated, skip connections
-            kept.
+            kept; ``"eap-ig-layers"``: the same for the heads and MLPs of one layer after the other.
             On the component graph ``"eap-ig"`` (default): edge attribution patching with gradients averaged over
             `steps` embeddings between ablated and clean, the clean one not among them (arXiv 2403.17806);
             ``"eap-ig-midpoint"`` (default under zero ablation): at the middles between them and the next; ``"eap"``: at
@@ -175,7 +179,7 @@ def attribute(
         metric: What the effect is on: ``"logit_diff"`` (default), ``"prob_diff"``, ``"logprob"`` of the answer (default
             without distractors), ``"kl"`` from the clean prediction, or a function of logits ``[row, d_vocab]`` and
             `Examples` that gives ``[row]``, higher being better. Without answers, the answer is what the model finds
-            most probable. On the token graph ``"eap"`` asks for ``"logprob"``, ``"eap-ig"`` for ``"kl"`` by default.
+            most probable. On the token graph ``"eap"`` asks for ``"logprob"``, the others for ``"kl"``, by default.
         ablation: What an edge carries instead. On the token graph nothing, ``"zero"`` (default); ``"mean"``, what an
             average token of the prompt brings; ``"resample"``, its value on the prompt with tokens drawn at random,
             mean over 8 draws (the contribution methods know no ablation, but circuits are run with it). On the
@@ -241,12 +245,12 @@ def scored(
     if graph == "token":
         if wrong := [name for name, value in (("ungroup", ungroup), ("positions", positions)) if value]:
             raise ValueError(f"`{wrong[0]}` must be left out on the token graph, where it means nothing.")
-        gradients = method in ("eap", "eap-ig")
+        gradients = method in _GRADIENTS
         given = {"metric": metric is not None, "target": target is not None}
         if not gradients and (wrong := [name for name, value in given.items() if value]):
             raise ValueError(f"`{wrong[0]}` must be left out for method {method!r}, which knows none. Use 'eap-ig'.")
         if neurons and not gradients and not method.startswith("random"):
-            raise ValueError(f"`method` must be 'eap', 'eap-ig' or random for neurons, got {method!r}.")
+            raise ValueError(f"`method` must be one of {list(_GRADIENTS)} or random for neurons, got {method!r}.")
         with torch.inference_mode(False):
             setting = token_setting(model, prompt, ablation, position, seed, neurons=neurons)
             setting = _answered(setting, target)
@@ -322,11 +326,12 @@ def _token_scores(
         values = uniform_scores(graph, generator)
     elif method == "random-connected":
         values = arrival_scores(graph, generator)
-    elif method in ("eap", "eap-ig"):
+    elif method in _GRADIENTS:
         name, function = named_metric(metric or ("logprob" if method == "eap" else "kl"), setting.examples)
         _require_slope(method, name, function)
         sign = helpful_sign(function)
-        values = share_scores(setting, graph, function, steps if method == "eap-ig" else None)
+        integrated = None if method == "eap" else steps
+        values = share_scores(setting, graph, function, integrated, by_layer=method == "eap-ig-layers")
     else:
         values = contribution_scores(setting.model, setting.prompts.tokens[0], graph, MEASURES[method], workspace)
     return Scores(graph, values, Provenance.of(setting, method, seed, name), sign)
