@@ -274,7 +274,7 @@ def test_pairs_come_from_files(suffix, capsys, tmp_path):
         (["circuit", *TASK, "--nodes", "sum", "--family", "top"], "`family` must be left out where whole nodes enter"),
         (["attribute", "a prompt", "--top", "0"], "`--top` must be at least 1, got 0"),
         (["attribute", "a prompt", "--nodes", "sum"], "`graph` must be a component graph for scores of nodes"),
-        (["attribute", "a prompt", "--neurons"], "`method` must be one of .* or random for neurons"),
+        (["attribute", "a prompt", "--neurons"], " or random for neurons, got 'norm'"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(words, sentence, capsys):
