@@ -177,6 +177,8 @@ def _refined(grounds: Sequence[Ground], curve: TightCurve, budget: int, seed: in
     for threshold in curve.thresholds:
         start, below = curve.circuit(faithfulness=threshold), found[-1] if found else None
         found.append(refined(grounds, start, threshold, budget=budget, seed=seed, below=below))
+        if (known := found[-1].certificate) is not None and known.interrupted:
+            break  # the thresholds above are left to the rankings
     return tuple(found)
 
 
