@@ -274,7 +274,7 @@ class TestPage:
         page = density_page(CURVE, faithfulness=0.5)
         assert page.count("Plotly.newPlot") - plotly_source().count("Plotly.newPlot") == 2
         assert page.count(plotly_source()) == 1
-        assert "<td>0.5</td><td>4</td><td>7.02%</td><td>16</td><td>28.1%</td>" in page
+        assert "<td>0.5</td><td>4</td><td>7.02%</td><td>16</td>" in page
         assert "Circuit of 4 of 57 edges" in page
         outside = page.replace(plotly_source(), "")
         assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", outside)
@@ -354,7 +354,7 @@ class TestTask:
         circuit = curve.circuit(faithfulness=0.5)
         assert page.count("Plotly.newPlot") == 2
         assert f"{circuit.pruned_size:,} of them are on a path from the input to the logits" in html.unescape(page)
-        assert "<th>minimal after pruning</th>" in page
+        assert "<th>after pruning (edges)</th>" in page
         assert f"<td>{circuit.pruned_size:,}</td></tr>" in page
         assert "1 2 3" in page or "[1, 2, 3]" in page
         assert "<b>$a$" not in page

@@ -1,6 +1,7 @@
 """Density curves: how faithful the circuit of each size is, and the smallest that is faithful enough."""
 
 import html
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import index
 from os import PathLike
@@ -342,28 +343,39 @@ class DensityCurve(Points):
             pruned = f"{row['pruned_size']:>16,}" if "pruned_size" in row else ""
             robust = f"{row['robust_size']:>10,}" if "robust_size" in row else ""
             lines.append(f"{plain(name):>12}{size:>12,} edges{fraction:>9.2%}{stable:>14,}{pruned}{robust}")
-        return "\n".join(lines + self._robust_lines())
+        return "\n".join([*lines, *([""] * (self.robust is not None)), *self._robust_lines()])
 
     def _robust_lines(self) -> list[str]:
         """What "robust" means."""
-        return [] if self.robust is None else ["", "robust: as faithful in all of these:", *self.robust.situations]
+        return [] if self.robust is None else ["robust: as faithful in all of these:", *self.robust.situations]
 
     def _repr_html_(self) -> str:
-        pruned = self.pruned_sizes is not None
+        return (
+            f"<p><b>{type(self).__name__}</b> {html.escape(str(self.provenance))}<br>"
+            f"<code>{html.escape(self._about)}</code><br>{html.escape(self.summary())}</p>{self.html_table()}"
+        )
+
+    def html_table(self) -> str:
+        """Minimal sizes as a table of HTML, and what "robust" means if that was asked for."""
+        columns = self._columns()
         rows = "".join(
-            f"<tr><td>{plain(row['threshold'])}</td><td>{row['size']:,}</td><td>{row['fraction']:.2%}</td>"
-            f"<td>{row['stable_size']:,}</td>{cell(row['pruned_size']) if pruned else ''}"
-            f"{'' if self.robust is None else cell(row['robust_size'])}</tr>"
+            f"<tr>{''.join(f'<td>{html.escape(shown(row))}</td>' for shown in columns.values())}</tr>"
             for row in self._rows()
         )
-        return (
-            f"<p><b>DensityCurve</b> {html.escape(str(self.provenance))}<br>"
-            f"<code>{html.escape(self._about)}</code><br>{html.escape(self.summary())}</p>"
-            "<table><thead><tr><th>faithfulness</th><th>minimal circuit (edges)</th><th>share of all edges</th>"
-            f"<th>stable from (edges)</th>{'<th>after pruning (edges)</th>' if pruned else ''}"
-            f"{'' if self.robust is None else '<th>robust (edges)</th>'}</tr></thead><tbody>{rows}</tbody></table>"
-            f"<p>{'<br>'.join(html.escape(line) for line in self._robust_lines())}</p>"
-        )
+        head = "".join(f"<th>{name}</th>" for name in columns)
+        remark = "<br>".join(html.escape(line) for line in self._robust_lines())
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{remark and f'<p>{remark}</p>'}"
+
+    def _columns(self) -> dict[str, Callable[[dict[str, Any]], str]]:
+        """Titles of the table's columns, and what stands in them."""
+        return {
+            "faithfulness": lambda row: plain(row["threshold"]),
+            "minimal circuit (edges)": lambda row: f"{row['size']:,}",
+            "share of all edges": lambda row: f"{row['fraction']:.2%}",
+            "stable from (edges)": lambda row: f"{row['stable_size']:,}",
+            **({} if self.pruned_sizes is None else {"after pruning (edges)": lambda row: f"{row['pruned_size']:,}"}),
+            **({} if self.robust is None else {"robust (edges)": lambda row: f"{row['robust_size']:,}"}),
+        }
 
 
 def crossings(faithfulness: Float[Tensor, " point"], threshold: float) -> tuple[int, int]:
@@ -384,10 +396,6 @@ def each_of(
     if full is None or empty is None:
         return faithfulness(metric, values)
     return (values - empty) / (full - empty)
-
-
-def cell(number: int) -> str:
-    return f"<td>{number:,}</td>"
 
 
 def plain(threshold: float) -> str:

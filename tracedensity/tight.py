@@ -1,7 +1,6 @@
 """Tight curves: the most faithful circuits known at each size, however they were found."""
 
-import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from operator import index
 from typing import Any, SupportsIndex
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tracedensity.curve import DensityCurve, cell, plain
+from tracedensity.curve import DensityCurve, plain
 from tracedensity.graph.circuit import Circuit
 
 
@@ -123,23 +122,12 @@ class TightCurve(DensityCurve):
                 f"{plain(row['threshold']):>12}{size:>12,} edges{row['fraction']:>9.2%}{published:>12,}"
                 f"{published / max(size, 1):>8.1f}{robust}  {_known(row)}"
             )
-        return "\n".join(lines + self._robust_lines())
+        return "\n".join([*lines, *([""] * (self.robust is not None)), *self._robust_lines()])
 
-    def _repr_html_(self) -> str:
-        columns = ["faithfulness", "minimal circuit (edges)", "share of all edges", "published (edges)", "known"]
-        columns += ["robust (edges)"] * (self.robust is not None)
-        rows = "".join(
-            f"<tr><td>{plain(row['threshold'])}</td><td>{row['size']:,}</td><td>{row['fraction']:.2%}</td>"
-            f"<td>{row['published_size']:,}</td><td>{_known(row)}</td>"
-            f"{'' if self.robust is None else cell(row['robust_size'])}</tr>"
-            for row in self._rows()
-        )
-        return (
-            f"<p><b>TightCurve</b> {html.escape(str(self.provenance))}<br>"
-            f"<code>{html.escape(self._about)}</code><br>{html.escape(self.summary())}</p>"
-            f"<table><thead><tr>{''.join(f'<th>{column}</th>' for column in columns)}</tr></thead>"
-            f"<tbody>{rows}</tbody></table><p>{'<br>'.join(html.escape(line) for line in self._robust_lines())}</p>"
-        )
+    def _columns(self) -> dict[str, Callable[[dict[str, Any]], str]]:
+        columns = super()._columns()
+        del columns["stable from (edges)"]
+        return {**columns, "published (edges)": lambda row: f"{row['published_size']:,}", "known": _known}
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers of the curve, without circuits, as what JSON can hold."""

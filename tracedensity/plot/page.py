@@ -52,7 +52,7 @@ def density_page(curve: DensityCurve, *, faithfulness: float = 0.9) -> str:
         "<h1>How much of the model does this prediction need?</h1>",
         f'<p class="prompt">{prompt}<span class="prediction">{html.escape(visible(curve.top_text))}</span></p>',
         f"<p>{html.escape(summary)}</p>",
-        _table(curve),
+        f'<div class="table">{curve.html_table()}</div>',
         _div(plot_curve(curve), "curve", min_width=560),
         _div(plot_circuit(circuit, prediction=curve.top_text), "circuit", min_width=max(560, 120 + 16 * len(texts))),
         f"<footer>{_provenance(curve)}</footer>",
@@ -73,7 +73,7 @@ def _task_page(curve: DensityCurve, circuit: Circuit, faithfulness: float) -> st
     body = [
         f"<h1>How much of the model does '{html.escape(name)}' need?</h1>",
         f"<p>{html.escape(summary)}</p>",
-        _table(curve),
+        f'<div class="table">{curve.html_table()}</div>',
         pairs,
         _div(plot_curve(curve), "curve", min_width=560),
         _div(plot_component(circuit), "circuit", min_width=560),
@@ -122,23 +122,6 @@ def _div(figure: go.Figure, name: str, min_width: int) -> str:
     return f'<div class="figure"><div style="min-width:{min_width}px;height:{height}px">{drawn}</div></div>'
 
 
-def _table(curve: DensityCurve) -> str:
-    pruned = curve.pruned_sizes is not None
-    rows = "".join(
-        f"<tr><td>{threshold}</td><td>{row['first']:,}</td><td>{percent(row['fraction'])}</td>"
-        f"<td>{row['stable']:,}</td><td>{percent(row['stable_fraction'])}</td>"
-        + (f"<td>{row['pruned']:,}</td></tr>" if pruned else "</tr>")
-        for threshold, row in curve.to_dict()["minimal_size"].items()
-    )
-    return (
-        '<div class="table"><table><thead><tr>'
-        "<th>faithfulness</th><th>minimal circuit (edges)</th><th>share of all edges</th>"
-        "<th>stable from (edges)</th><th>share of all edges</th>"
-        + ("<th>minimal after pruning</th>" if pruned else "")
-        + f"</tr></thead><tbody>{rows}</tbody></table></div>"
-    )
-
-
 def _provenance(curve: DensityCurve) -> str:
     about = curve.provenance
     conditions = curve.conditions
@@ -154,6 +137,6 @@ def _provenance(curve: DensityCurve) -> str:
         f"Model {about.model} ({about.fingerprint}), token ids{first} {list(about.token_ids)}.",
         f"Edges scored by {about.method}, ordered by {curve.ranking.family}, metric {curve.metric}, seed {about.seed}, "
         + how,
-        "Minimal sizes are those of this family of circuits, and upper bounds on the true minimum.",
+        "Minimal sizes are those of the circuits that were run, and upper bounds on the true minimum.",
     ]
     return "<br>".join(html.escape(line) for line in lines)
