@@ -143,7 +143,7 @@ class Home:
             def another(word: str, chosen: dict[str, str] = chosen) -> str:
                 kinds = [kind for kind in WORDS if word in kind]
                 if word not in chosen and kinds:
-                    chosen[word] = random.choice([each for each in kinds[0] if each != word])
+                    chosen[word] = random.choice(sorted(kinds[0] - {word}))
                 return chosen.get(word, word)
 
             other = _with_words(text, another)

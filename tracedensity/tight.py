@@ -127,7 +127,9 @@ class TightCurve(DensityCurve):
     def _columns(self) -> dict[str, Callable[[dict[str, Any]], str]]:
         columns = super()._columns()
         del columns["stable from (edges)"]
-        return {**columns, "published (edges)": lambda row: f"{row['published_size']:,}", "known": _known}
+        robust = {name: columns.pop(name) for name in [*columns] if name.startswith("robust")}
+        own = {"published (edges)": lambda row: f"{row['published_size']:,}", "known": _known}
+        return {**columns, **own, **robust}
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers of the curve, without circuits, as what JSON can hold."""
