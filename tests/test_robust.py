@@ -261,15 +261,16 @@ def test_the_worst_of_a_certificate_is_the_least_of_what_evaluate_says(prompt, o
     assert float(height) == about(min(by_hand(tiny_gpt2, prompt, known.situations, best)))
 
 
-def test_what_is_faithful_in_all_situations_is_so_at_home(tiny_gpt2):
+def test_what_is_faithful_in_all_situations_is_so_at_home(lucky):
     """Circuits found in several situations are on the plain curve as well, without what is known of them elsewhere."""
-    options: dict[str, Any] = {"thresholds": (0.9,), "refine": True, "budget": 6, "baselines": False}
-    curve = td.density(tiny_gpt2, PROMPT, robust=["mean"], **options)
+    options: dict[str, Any] = {"thresholds": (0.9,), "refine": True, "budget": 150, "baselines": False}
+    curve = td.density(lucky, NAMES_PROMPT, robust=["prepend"], **options)
     robust = robust_of(curve)
     assert isinstance(curve, td.TightCurve) and isinstance(robust, td.TightCurve)
     (_, at_home), (circuit,) = curve.refined, robust.refined
     assert at_home.edge_names() == circuit.edge_names() and at_home.faithfulness == circuit.faithfulness
-    known = certificate_of(at_home)
+    elsewhere, known = certificate_of(circuit), certificate_of(at_home)
+    assert len(elsewhere.situations) == 2 and elsewhere.minimum and elsewhere.n_needed == 2
     assert (known.situations, known.worst, known.minimum, known.n_needed) == ((), None, False, 0)
     assert curve.minimal_size(0.9) <= robust.minimal_size(0.9)
 

@@ -363,8 +363,14 @@ def test_each_seed_has_its_swaps(lucky):
         assert first != second
         for prompt in (first, second):
             begin, one, other, again = (VOCABULARY[token] for token in prompt)
-            assert begin == "<s>" and one == again and {one, other} <= {*NAMES} - {"<unk>"}
-            assert one != "Mary" and other != "Anna"
+            assert begin == "<s>" and one == again and {one, other} <= {*NAMES}
+
+
+def test_no_word_is_swapped_for_itself(lucky, monkeypatch):
+    monkeypatch.setattr("tracedensity.situation.WORDS", (frozenset(["Mary", "Anna", "Lucy", "Rose"]),))
+    drawn = [prompt for seed in range(8) for prompt in swapped_prompts(lucky, NAMES_PROMPT, seed)]
+    assert len(drawn) == 16
+    assert all(VOCABULARY[one] != "Mary" and VOCABULARY[other] != "Anna" for _, one, other, _ in drawn)
 
 
 def test_ids_that_are_a_text_are_swapped_like_it(lucky):
@@ -827,14 +833,14 @@ def test_the_model_is_left_as_it_was_after_an_error_in_the_middle(error, n_passe
     assert flushes() == flushed
 
 
-# -- what should be so, and is not -----------------------------------------------------------------
+# -- words that are drawn, and situations that there are not ---------------------------------------
 
 
 def test_swaps_are_the_same_in_every_process():
     code = (  # words are tokens, and nothing is run: TransformerLens takes seconds to import
         "from types import SimpleNamespace as Namespace; import torch; from tracedensity.situation import Home\n"
         "model = Namespace(tokens=lambda text: torch.zeros(len(text.split())))\n"
-        "print(Home(model, torch.zeros(3), Namespace(graph=None), 'tv')._swapped('Mary Anna Mary', None))"
+        "print(Home(model, torch.zeros(3), Namespace(graph=None), 'tv')._drawn('Mary Anna Mary'))"
     )
     told = set()
     for seed in ("1", "2"):
@@ -844,7 +850,6 @@ def test_swaps_are_the_same_in_every_process():
     assert len(told) == 1
 
 
-@pytest.mark.xfail(reason="only the number of tokens of the whole prompt is looked at")
 def test_what_is_not_swapped_stays_where_it_was(books):
     prompt = "The old king and the young queen went to the garden. The king"
     transformer = as_transformer(books)
@@ -857,7 +862,6 @@ def test_what_is_not_swapped_stays_where_it_was(books):
             ]
 
 
-@pytest.mark.xfail(reason="each word is swapped without a look at the others")
 def test_different_words_become_different_ones(lucky, monkeypatch):
     monkeypatch.setattr("tracedensity.situation.WORDS", (frozenset(["Mary", "Anna", "Lucy", "Rose"]),))
     for seed in range(20):
@@ -865,34 +869,32 @@ def test_different_words_become_different_ones(lucky, monkeypatch):
             assert one != other
 
 
-@pytest.mark.xfail(reason="words are drawn of which the tokenizer makes other numbers of tokens")
 def test_swaps_are_found_whatever_the_seed(books):
     prompt = "When Mary and John went to the store, John gave the book to"
     assert [len(swapped_prompts(books, prompt, seed)) for seed in range(8)] == [2] * 8
 
 
-@pytest.mark.xfail(raises=ValueError, reason="a longer prompt does not fit")
 def test_a_prompt_that_fills_the_context_gets_no_token_prepended():
     model = random_model(act_fn="gelu_new", normalization_type="LN", n_ctx=len(PROMPT))
     found = some_circuit(model).check(model, n_random=0).situations
     assert [name for name, _ in found] == ["own: zero ablation", "ablation: mean", "ablation: resample"]
 
 
-@pytest.mark.xfail(reason="on the component graph a prompt is a task without a name, which is not swapped in")
 def test_a_prompt_on_the_component_graph_has_words_swapped_and_a_token_prepended(lucky):
     circuit = some_circuit(lucky, NAMES_PROMPT, graph="component")
     names = [name for name, _ in circuit.check(lucky, n_random=0).situations]
     assert [name.startswith("prompt: ") for name in names] == [False] * 3 + [True] * 3
 
 
-@pytest.mark.xfail(raises=ValueError, reason="one ablation under which nothing can be measured stops the whole check")
 def test_a_situation_in_which_nothing_can_be_measured_is_left_out():
     model, task = handmade_components.and_model(), handmade_components.AND_TASK
     circuit = named_circuit(model, task, handmade_components.TWO_BITS_CIRCUIT, graph="component")
-    assert circuit.check(model, n_random=0).own >= 0.99
+    with pytest.warns(UserWarning, match="ablation: mean was left out: by logit_diff the model is there"):
+        found = circuit.check(model, n_random=0)
+    assert found.own >= 0.99
+    assert [name for name, _ in found.situations if name.startswith("ablation: mean")] == []
 
 
-@pytest.mark.xfail(raises=ValueError, reason="the target of a search must be at most 1")
 def test_a_circuit_that_is_more_than_faithful_can_be_checked():
     model = random_model(act_fn="gelu_new", normalization_type="LN", n_layers=1, n_heads=2)
     curve = td.density(model, EQUAL, graph="component", method="exhaustive", baselines=False)

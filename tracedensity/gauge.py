@@ -44,6 +44,11 @@ class Gauge:
         full = measure(setting.clean_logits[None], slice(None))[""][0].cpu()
         return cls(name, measure, setting, full, empty_values(setting, graph, measure)[""])
 
+    @property
+    def tells(self) -> bool:
+        """Whether it tells the model from the circuit without edges; else there is nothing to take shares of."""
+        return self.full is None or self.empty is None or differ(self.full, self.empty)
+
     def faithfulness(self, values: Float[Tensor, "circuit example"]) -> Float[Tensor, " circuit"]:
         """Faithfulness of circuits on all examples together."""
         if self.full is None or self.empty is None:
@@ -71,12 +76,18 @@ def recovered(
         ValueError: If the two are as good as equal.
     """
     top, bottom = full.double().mean(), empty.double().mean()
-    if (top - bottom).abs() <= 1e-6 * (1 + top.abs()):
+    if not differ(full, empty):
         raise ValueError(
             f"`metric` must tell the model from the circuit without edges, got {float(top):.4g} for both: faithfulness "
             "is a share of their difference. Take another metric, task or ablation."
         )
     return (values - bottom) / (top - bottom)
+
+
+def differ(full: Float[Tensor, " example"], empty: Float[Tensor, " example"]) -> bool:
+    """Whether mean metrics are far enough apart for shares of their difference to mean something."""
+    top, bottom = float(full.double().mean()), float(empty.double().mean())
+    return abs(top - bottom) > 1e-6 * (1 + abs(top))
 
 
 def measure_of(setting: Setting, metrics: Mapping[str, str | Metric]) -> Measure:

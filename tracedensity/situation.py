@@ -1,8 +1,10 @@
 """Situations: other conditions and other prompts under which a circuit can be run."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from random import Random
 from typing import get_args
 
@@ -15,6 +17,7 @@ from tracedensity.choices import Ablation, Change, TokenAblation
 from tracedensity.evaluation import setting_for
 from tracedensity.gauge import Gauge
 from tracedensity.graph import Graph, flatten, unflatten
+from tracedensity.graph.component import ComponentGraph
 from tracedensity.graph.token import TokenGraph
 from tracedensity.metric import Metric
 from tracedensity.model import Transformer
@@ -25,6 +28,11 @@ from tracedensity.tasks import WORDS
 USUAL: tuple[Change, ...] = ("mean", "swap", "prepend")
 """What `td.density(..., robust=True)` asks of a circuit beside its own conditions (drawn tokens cost eight times as
 much)."""
+
+_WORD = re.compile("[A-Za-z]+")
+
+_N_SWAPS = 2
+"""Prompts that are made by swapping words."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +64,8 @@ class Home:
 
         Args:
             changes: Names of ablations; ``"swap"``: names and nouns of the prompt swapped for others; ``"prepend"``: a
-                token put before it. The circuit's own ablation, and what a prompt does not allow, is left out.
+                token put before it. The circuit's own ablation, and what a prompt does not allow, is left out; so is,
+                with a warning, where the metric does not tell the model from the circuit without edges.
             prompts: Prompts or tasks of the user's, on the token graph as long as the circuit's own.
             swaps: Words to swap for others, in place of those that are drawn.
 
@@ -67,15 +76,22 @@ class Home:
         unknown = [each for each in changes if each not in get_args(Change)]
         if unknown:
             raise ValueError(f"`robust` must be some of {list(get_args(Change))}, got {unknown}.")
-        found = [replace(self.ground, name=f"own: {self.ground.conditions.ablation} ablation")]
-        found += [self._ablated(each) for each in self._ablations() if each in changes]
+        found = [self._ablated(each) for each in self._ablations() if each in changes]
         found += [self._prompted(_shown(each), each) for each in prompts]
-        if (text := self._text()) is not None and ("swap" in changes or swaps is not None):
-            for other in self._swapped(text, swaps):
-                found.append(self._prompted(repr(other), self._ids(other)))
-        if "prepend" in changes and isinstance(self.subject, Tensor):
-            found.append(self._prepended())
-        return found
+        if (text := self._text) is not None and ("swap" in changes or swaps is not None):
+            others = self._drawn(text) if swaps is None else [self._swapped(text, swaps)]
+            found += [self._prompted(repr(other), self._ids(other)) for other in others]
+        if "prepend" in changes and self._prompt is not None and self._has_room(self._prompt):
+            found.append(self._prepended(self._prompt))
+        for each in found:
+            if not each.gauge.tells:
+                warnings.warn(
+                    f"{each.name} was left out: by {each.gauge.metric} the model is there what the circuit without "
+                    "edges is.",
+                    stacklevel=3,
+                )
+        own = replace(self.ground, name=f"own: {self.ground.conditions.ablation} ablation")
+        return [own, *(each for each in found if each.gauge.tells)]
 
     # -- ablations ---------------------------------------------------------------------------------
 
@@ -103,11 +119,22 @@ class Home:
 
     # -- prompts -----------------------------------------------------------------------------------
 
+    @cached_property
+    def _prompt(self) -> Int[Tensor, " pos"] | None:
+        """The tokens of a plain prompt, as far as they matter; None for tasks."""
+        if isinstance(self.subject, Tensor):
+            return self.subject
+        if self.subject.name or len(self.subject) > 1:
+            return None
+        prompts = self.ground.setting.prompts
+        return prompts.tokens[0, : int(prompts.last[0]) + 1].cpu()
+
+    @cached_property
     def _text(self) -> str | None:
         """The prompt as text, if it is one and the tokenizer reads it back as it was."""
-        if not isinstance(self.subject, Tensor) or self.model.model.tokenizer is None:
+        if self._prompt is None or self.model.model.tokenizer is None:
             return None
-        ids = self.subject.tolist()
+        ids = self._prompt.tolist()
         special = set(getattr(self.model.model.tokenizer, "all_special_ids", []))
         text = self.model.model.tokenizer.decode([token for token in ids if token not in special])
         return text if text and self._ids(text).tolist() == ids else None
@@ -125,43 +152,57 @@ class Home:
                 )
         return replace(self._ground(prompt), name=f"prompt: {name}")
 
-    def _swapped(self, text: str, swaps: Mapping[str, str] | None) -> list[str]:
-        """The prompt with names and nouns swapped, of as many tokens as before."""
-        length = len(self._ids(text))
-        if swaps is not None:
-            other = _with_words(text, lambda word: swaps.get(word, word))
-            if other == text or (len(self._ids(other)) != length and isinstance(self.ground.graph, TokenGraph)):
-                raise ValueError(
-                    f"`swaps` must change words of the prompt and leave its number of tokens, {length}, as it is, got "
-                    f"{other!r} of {len(self._ids(other))}."
-                )
-            return [other]
+    def _swapped(self, text: str, swaps: Mapping[str, str]) -> str:
+        """The prompt with words swapped as the user says."""
+        other = _with_words(text, swaps)
+        tied = isinstance(self.ground.graph, TokenGraph)
+        if other == text or (tied and self._ends(other) != self._ends(text)):
+            raise ValueError(
+                "`swaps` must change words of the prompt and leave the number of tokens of each, in all "
+                f"{len(self._ids(text))}, as it is, got {other!r} of {len(self._ids(other))}."
+            )
+        return other
+
+    def _drawn(self, text: str) -> list[str]:
+        """Prompts in which each name and noun stands for another one, that is as many tokens long; at most two."""
         random, found = Random(f"swap {self.seed}"), []
-        for _ in range(40):
-            chosen: dict[str, str] = {}
-
-            def another(word: str, chosen: dict[str, str] = chosen) -> str:
-                kinds = [kind for kind in WORDS if word in kind]
-                if word not in chosen and kinds:
-                    chosen[word] = random.choice(sorted(kinds[0] - {word}))
-                return chosen.get(word, word)
-
-            other = _with_words(text, another)
-            if not chosen:
-                return []
-            if other not in found and len(self._ids(other)) == length:
+        for _ in range(10 * _N_SWAPS):
+            swaps: dict[str, str] = {}
+            for word in dict.fromkeys(_WORD.findall(text)):
+                others = sorted(set().union(*[kind for kind in WORDS if word in kind][:1]) - {word, *swaps.values()})
+                random.shuffle(others)
+                fitting = (other for other in others if self._fits(text, {word: other}))
+                if (other := next(fitting, None)) is not None:
+                    swaps[word] = other
+            other = _with_words(text, swaps)
+            if swaps and other not in found and self._fits(text, swaps):
                 found.append(other)
-            if len(found) == 2:
+            if not swaps or len(found) == _N_SWAPS:
                 break
         return found
 
-    def _prepended(self) -> Ground:
+    def _fits(self, text: str, swaps: Mapping[str, str]) -> bool:
+        other = _with_words(text, swaps)
+        return len(self._ids(other)) == len(self._ids(text)) and self._ends(other) == self._ends(text)
+
+    def _ends(self, text: str) -> list[int]:
+        """How many tokens there are up to the end of each word, and in all."""
+        ends = [match.end() for match in _WORD.finditer(text)]
+        return [len(self._ids(text[:end])) for end in (*ends, len(text))]
+
+    def _has_room(self, prompt: Int[Tensor, " pos"]) -> bool:
+        """Whether a longer prompt is one that the model takes, and the edges of the graph can be found in."""
+        graph = self.ground.graph
+        tied = isinstance(graph, ComponentGraph) and graph.n_pos is not None
+        return len(prompt) < self.model.n_ctx and not tied
+
+    def _prepended(self, prompt: Int[Tensor, " pos"]) -> Ground:
         """A token drawn at random before the prompt, behind the token that begins a sequence.
 
-        What leads from it and to it is kept, so that all edges together are the model on the longer prompt.
+        On the token graph what leads from it and to it is kept, so that all edges together are the model on the longer
+        prompt.
         """
-        assert isinstance(self.subject, Tensor)
-        ids = self.subject.tolist()
+        ids = prompt.tolist()
         special = set(getattr(self.model.model.tokenizer, "all_special_ids", []))
         place = int(bool(ids) and ids[0] in special)
         pool = ordinary_tokens(self.model)
@@ -187,8 +228,8 @@ def _places(graph: TokenGraph, wider: TokenGraph, place: int) -> Int[Tensor, " e
     return flatten(graph, kept)
 
 
-def _with_words(text: str, change: Callable[[str], str]) -> str:
-    return re.sub(r"[A-Za-z]+", lambda match: change(match[0]), text)
+def _with_words(text: str, swaps: Mapping[str, str]) -> str:
+    return _WORD.sub(lambda match: swaps.get(match[0], match[0]), text)
 
 
 def _shown(prompt: object) -> str:

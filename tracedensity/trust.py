@@ -228,7 +228,7 @@ def _searched_again(
     found = []
     for seed in range(known.seed + 1, known.seed + 1 + n_seeds):
         other = refined(
-            [ground], everything, known.target, budget=budget or known.budget, seed=seed, left_out=_LEFT_OUT
+            [ground], everything, min(known.target, 1.0), budget=budget or known.budget, seed=seed, left_out=_LEFT_OUT
         )
         found.append((f"search with seed {seed}", flatten(circuit.graph, other.kept)))
     return found
