@@ -621,7 +621,7 @@ def test_searching_again_starts_from_the_whole_graph_with_other_seeds(searched, 
         assert_overlaps(overlap, searched, other)
         assert overlap.faithfulness == about(faithfulness(books, "The dog", other))
         assert overlap.faithfulness >= 0.6
-    assert len({frozenset(each.edge_names()) for each in (searched, *searches)}) == 3
+    assert len({frozenset(each.edge_names()) for each in (searched, *searches)}) > 1
 
 
 def test_methods_are_compared_as_well_with_a_circuit_that_was_searched_for(searched, books):

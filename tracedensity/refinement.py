@@ -1,5 +1,6 @@
 """Refinement: circuits made as small as a budget of runs can make them, each one measured."""
 
+import hashlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from itertools import combinations, islice
 from operator import index
 from typing import SupportsIndex
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -38,10 +40,13 @@ _RESTING = 6  # rounds for which an edge that has just been flipped is not flipp
 _CHUNKS = 16  # parts that are taken away one by one when a circuit is pruned
 _TOGETHER = 16  # edges that are taken away one by one in a run when single edges are tried
 _GROWTH = 0.25, 500  # share of the budget for growing a circuit from nothing, and most passes for it
+_RENEWALS = 0.9  # share of attempts at something smaller that ruin and recreate; the others exchange single edges
+_DETOUR = 0.5  # share of renewals that may end with one edge more than the best circuit
 _SWAPS = 64  # pairs of edges of which one is swapped for the other in a run
 _PATIENCE = 4  # swaps without improvement after which exchanging edges is given up
 _EXCHANGE = 400  # most passes for one attempt at it
 _SMALL = 64  # edges of a graph on which it may be of use to run all circuits of few edges
+_TINY = 24  # edges of a graph on which walks find more than renewals
 _AT_ONCE = 2**12
 _RESERVE = 0.2  # share of the budget that may be kept for trying single edges in the end
 
@@ -304,6 +309,7 @@ class Search:
         self.needed = torch.zeros_like(self.free)
         self.start_size = self.size(self.best)
         self.n_run_out = 0
+        self._known: dict[bytes, tuple[float, float]] = {}  # faithfulness and loss of all that was run
 
     # -- runs --------------------------------------------------------------------------------------
 
@@ -320,22 +326,34 @@ class Search:
         return int(kept.sum())
 
     def tried(self, kept: Bool[Tensor, "circuit edge"]) -> Trial:
-        """Run circuits; the best is remembered.
+        """Run circuits that were not run before; the best is remembered.
 
         Raises:
             SpentError: If not all of them could be run. Those that could have been.
         """
-        affordable = kept[: max(0, self.left // self.price)]
-        if not len(affordable):
-            raise SpentError
-        self.passes += len(affordable) * self.price
-        trial = self.grounds[0].tried(affordable)
-        for ground in self.grounds[1:]:
-            trial = trial.and_also(ground.tried(affordable))
-        self._remember(affordable, trial)
-        if len(affordable) < len(kept):
+        keys = [hashlib.blake2b(row, digest_size=16).digest() for row in np.packbits(kept.numpy(), axis=1)]
+        new: dict[bytes, int] = {}
+        for number, key in enumerate(keys):
+            if key not in self._known:
+                new.setdefault(key, number)
+        affordable = [*new.values()][: max(0, self.left // self.price)]
+        if affordable:
+            self._known |= self._run(kept[affordable], [keys[number] for number in affordable])
+        known = [number for number, key in enumerate(keys) if key in self._known]
+        values = torch.tensor([self._known[keys[number]] for number in known], dtype=torch.float64).view(-1, 2)
+        trial = Trial(values[:, 0], values[:, 1])
+        self._remember(kept[known], trial)
+        if len(known) < len(keys):
             raise SpentError
         return trial
+
+    def _run(self, kept: Bool[Tensor, "circuit edge"], keys: Sequence[bytes]) -> dict[bytes, tuple[float, float]]:
+        """Faithfulness and loss of each circuit."""
+        self.passes += len(kept) * self.price
+        trial = self.grounds[0].tried(kept)
+        for ground in self.grounds[1:]:
+            trial = trial.and_also(ground.tried(kept))
+        return dict(zip(keys, zip(trial.faithfulness.tolist(), trial.loss.tolist(), strict=True), strict=True))
 
     def _remember(self, kept: Bool[Tensor, "circuit edge"], trial: Trial) -> None:
         faithful = self.faithful(trial)
@@ -399,10 +417,14 @@ class Search:
         while not self.minimum:
             if self.size(self.free) <= _SMALL:
                 self.exhausted()
-                if self._draw() < 0.9:
-                    self.wandered()
-                    continue
-            improve = self.renewed if self._draw() < 0.5 else self.exchanged
+            if self.size(self.free) <= _TINY and self._draw() < 0.9:
+                before = self.passes
+                self.wandered()
+                if self.passes > before:
+                    continue  # it met something new
+            if self.size(found) > self.size(self.best) + 1:
+                found, losses = self.swept(self.best)
+            improve = self.renewed if self._draw() < _RENEWALS else self.exchanged
             found, losses = improve(found, losses)
 
     def _begin(self, start: Circuit | Ranking) -> Mask | None:
@@ -602,8 +624,10 @@ class Search:
         """Take some edges out, those that are missed less more often, and let others grow in their place.
 
         Returns:
-            A circuit of the same size or smaller, and its losses; or the given ones.
+            A circuit of the same size or smaller, now and then of one edge more than the best (a way out of a dead
+            end), and its losses; or the given ones.
         """
+        limit = max(self.size(circuit), self.size(self.best) + (self._draw() < _DETOUR))
         fed = bool(self.skips.any()) and self._draw() < 0.5
         core = circuit & ~self.skips if fed else circuit
         edges = core.nonzero()[:, 0]
@@ -618,12 +642,12 @@ class Search:
         ruin[out] = False
         resting = out if self._draw() < 0.5 else None
         # skip connections that were swept away come back with what they feed, to be swept away again
-        room = self.size(circuit) + (2 if fed else -1)
+        room = limit + (2 if fed else -1)
         found = self.grown(ruin, 90, fed=fed, most=room, resting=resting)
         if found is None or self.size(found) > room + 1:
             return circuit, losses
         found, found_losses = self.swept(found)
-        return (found, found_losses) if self.size(found) <= self.size(circuit) else (circuit, losses)
+        return (found, found_losses) if self.size(found) <= limit else (circuit, losses)
 
     def exchanged(self, circuit: Mask, losses: Float[Tensor, " edge"]) -> tuple[Mask, Float[Tensor, " edge"]]:
         """Look for a circuit of one edge less: swap edges for others, the best swap first, until it is faithful.
@@ -670,7 +694,7 @@ class Search:
         return circuit, losses
 
     def wandered(self) -> None:
-        """Walk to and fro across the target on a small graph: from a random circuit, all single flips being run.
+        """Walk to and fro across the target on a small graph: from a random circuit, half the single flips being run.
 
         Where the circuit is faithful, the edge goes that is missed least; where not, the flip is made that helps most.
         What was flipped rests for a while.
@@ -681,10 +705,12 @@ class Search:
         size = lowest + int(self._draw() * max(1, self.size(self.best) - lowest))
         state[free[torch.randperm(n_free, generator=self.generator)[:size]]] = True
         faithful, rests_until = False, torch.zeros(n_free, dtype=torch.long)
-        for turn in range(2 * n_free):
+        for turn in range(4 * n_free):
             movable = rests_until <= turn
             if faithful or self.size(state) >= self.size(self.best):
                 movable &= state[free]
+            drawn = movable & (torch.rand(n_free, generator=self.generator) < 0.5)
+            movable = drawn if drawn.any() else movable
             moves = free[movable]
             if not len(moves):
                 break
