@@ -45,7 +45,10 @@ OTHERS = (
 
 
 def removed_at_random(search: Search, start: Tensor) -> None:
-    """Chunks in random order, no gradients: each is taken away if the circuit stands it; half as large next time."""
+    """Chunks in random order, no gradients: each is taken away if the circuit stands it; half as large next time.
+
+    When no edge can go any more, all over again.
+    """
     chosen, length = start, max(1, int(start.sum()) // 8)
     while True:
         edges = chosen.nonzero()[:, 0]
@@ -54,7 +57,10 @@ def removed_at_random(search: Search, start: Tensor) -> None:
         for chunk in edges.split(length):
             fewer = search._without(chosen, [chunk], lambda core: core)
             chosen, gone = (fewer, gone + 1) if fewer is not None else (chosen, gone)
-        length = max(1, length // 2) if not gone else length
+        if not gone and length == 1:
+            chosen, length = start, max(1, int(start.sum()) // 8)
+        elif not gone:
+            length //= 2
 
 
 def learned(search: Search, target: float) -> None:
