@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from tracedensity.loading import load_model
     from tracedensity.refinement import refine
     from tracedensity.score import Scores, attribute
-    from tracedensity.task import Task
+    from tracedensity.task import Examples, Task
     from tracedensity.tight import TightCurve
+    from tracedensity.trust import Check
 
 __version__ = "0.1.0"
 
@@ -30,10 +31,12 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Activations": "activations",
     "Certificate": "graph.circuit",
+    "Check": "trust",
     "Circuit": "graph.circuit",
     "ComponentGraph": "graph.component",
     "DensityCurve": "curve",
     "Evaluation": "evaluation",
+    "Examples": "task",
     "Ranking": "extract",
     "Scores": "score",
     "Task": "task",
@@ -56,10 +59,12 @@ _PUBLIC = {
 __all__ = [
     "Activations",
     "Certificate",
+    "Check",
     "Circuit",
     "ComponentGraph",
     "DensityCurve",
     "Evaluation",
+    "Examples",
     "Ranking",
     "Scores",
     "Task",

@@ -71,8 +71,9 @@ def refine(
 ) -> Circuit:
     """Look for the smallest circuit that is faithful enough, and return it with a certificate.
 
-    No search proves that a circuit is the smallest (`td.smallest` does, on small graphs). This one returns a circuit
-    that was run and reached the target, and says what else it measured: whether any single edge could go.
+    No search proves that a circuit is the smallest, unless it could run all smaller ones (`td.density(...,
+    method="exhaustive")` does on small graphs). This one returns a circuit that was run and reached the target, and
+    says what else it measured: whether any single edge could go.
 
     1. A circuit *grows* from nothing: the edges whose gradients promise most are tried one by one, in one batch,
        and the best of them enter together if that is better still. Heads and MLPs enter with the skip connections
@@ -83,7 +84,9 @@ def refine(
        on what is left.
     3. Single edges are *swept* until none of them can go alone.
     4. Until the budget is spent, some edges at random are taken out and others grow in their place (ruin and
-       recreate); a circuit of the same size or less takes the place of the old one.
+       recreate); a circuit of the same size or less, now and then of one edge more, takes the place of the old one.
+
+    What was run once is remembered and costs nothing again.
 
     Edges are never dropped because they look dead: queries and keys are no edges of the token graph, so that an edge
     whose target cannot reach the output can matter all the same.
