@@ -19,10 +19,11 @@ from tracedensity.estimation import density
 from tracedensity.extract import rank_edges
 from tracedensity.gauge import Gauge
 from tracedensity.graph import flatten
+from tracedensity.ground import Ground
 from tracedensity.model import as_transformer
 from tracedensity.provenance import Provenance
-from tracedensity.refinement import Ground, Search
 from tracedensity.run import Conditions, run_shares
+from tracedensity.search import Search
 from tracedensity.setting import gradients_at_once, token_setting
 
 STEPS = 5

@@ -26,9 +26,11 @@ from benchmarks.measure import median_seconds
 from tracedensity.estimation import BEST
 from tracedensity.gauge import Gauge
 from tracedensity.graph import flatten, unflatten
+from tracedensity.ground import Ground
 from tracedensity.model import as_transformer
-from tracedensity.refinement import GRADIENT_PASSES, Ground, Search, SpentError, refined
+from tracedensity.refinement import refined
 from tracedensity.run import Conditions, run_shares
+from tracedensity.search import GRADIENT_PASSES, Search, SpentError
 from tracedensity.setting import token_setting
 
 OTHERS = (

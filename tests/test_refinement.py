@@ -14,8 +14,9 @@ from handmade import COPY_CIRCUIT, COPY_PROMPT, INDUCTION_CIRCUIT, INDUCTION_PRO
 from handmade_components import INDUCTION_TASK
 
 import tracedensity as td
-from tracedensity import refinement
+from tracedensity import ground
 from tracedensity.graph import flatten
+from tracedensity.search import GRADIENT_PASSES
 
 pytestmark = pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated")
 
@@ -42,7 +43,7 @@ def whole(model, prompt, **options):
 def counted(monkeypatch) -> Counter:
     """What is run from now on by searches, in circuits."""
     count: Counter = Counter()
-    run_masks, run_shares = refinement.run_masks, refinement.run_shares
+    run_masks, run_shares = ground.run_masks, ground.run_shares
 
     def masks(setting, graph, kept, *rest):
         count["runs"] += len(next(iter(kept.values()))) * len(setting.prompts)
@@ -52,8 +53,8 @@ def counted(monkeypatch) -> Counter:
         count["gradients"] += len(next(iter(kept.values()))) * len(setting.prompts)
         return run_shares(setting, graph, kept, *rest)
 
-    monkeypatch.setattr(refinement, "run_masks", masks)
-    monkeypatch.setattr(refinement, "run_shares", shares)
+    monkeypatch.setattr(ground, "run_masks", masks)
+    monkeypatch.setattr(ground, "run_shares", shares)
     return count
 
 
@@ -153,7 +154,7 @@ def test_no_more_is_spent_than_allowed_and_what_is_spent_is_said(tiny_llama, opt
     count = counted(monkeypatch)
     known = td.refine(tiny_llama, PROMPT, ranking, 0.9, budget=budget, **options).certificate
     assert known is not None
-    assert count["runs"] + refinement.GRADIENT_PASSES * count["gradients"] == known.passes <= budget
+    assert count["runs"] + GRADIENT_PASSES * count["gradients"] == known.passes <= budget
 
 
 @pytest.mark.parametrize("options", WAYS)
@@ -230,7 +231,7 @@ def test_nothing_is_drawn_from_the_generator_of_the_process(tiny_gpt2):
 
 @pytest.mark.parametrize("after", [1, 5, 12])
 def test_an_interrupted_search_returns_the_best_so_far_with_a_warning(tiny_model, after, monkeypatch):
-    tried = refinement.Ground.tried
+    tried = ground.Ground.tried
     calls = 0
 
     def interrupted(self, kept):
@@ -241,7 +242,7 @@ def test_an_interrupted_search_returns_the_best_so_far_with_a_warning(tiny_model
         return tried(self, kept)
 
     ranking = td.attribute(tiny_model, PROMPT).rank()
-    monkeypatch.setattr(refinement.Ground, "tried", interrupted)
+    monkeypatch.setattr(ground.Ground, "tried", interrupted)
     with pytest.warns(UserWarning, match="interrupted after .* passes: this is the best circuit so far"):
         circuit = td.refine(tiny_model, PROMPT, ranking, 0.9)
     assert circuit.certificate is not None and circuit.certificate.interrupted
@@ -256,7 +257,7 @@ def test_an_error_in_a_search_leaves_the_model_as_it_was(tiny_model, monkeypatch
         raise RuntimeError("out of memory")
 
     ranking = td.attribute(tiny_model, PROMPT).rank()
-    monkeypatch.setattr(refinement.Ground, "slopes", broken)
+    monkeypatch.setattr(ground.Ground, "slopes", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         td.refine(tiny_model, PROMPT, ranking, 0.9)
     assert not any(point.fwd_hooks for point in tiny_model.hook_dict.values())

@@ -23,9 +23,11 @@ import tracedensity as td
 from tracedensity.evaluation import setting_for
 from tracedensity.gauge import Gauge
 from tracedensity.graph import flatten, unflatten
+from tracedensity.ground import Ground
 from tracedensity.model import as_transformer
-from tracedensity.refinement import GRADIENT_PASSES, Ground, refined
+from tracedensity.refinement import refined
 from tracedensity.run import Conditions
+from tracedensity.search import GRADIENT_PASSES
 from tracedensity.situation import Home
 
 pytestmark = pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated")
@@ -387,18 +389,18 @@ def test_a_run_costs_as_often_as_its_prompts_are_run(prompt, options, prices):
 @pytest.mark.parametrize("changes", [["mean", "prepend"], ["resample"]], ids=str)
 def test_a_search_spends_what_its_certificate_says(changes, tiny_gpt2, monkeypatch):
     """Rows that go through the model are counted: for each circuit one per prompt, three where gradients are taken."""
-    import tracedensity.refinement
+    import tracedensity.ground
 
     rows = {"spent": 0}
 
     def counted(name: str, price: int) -> None:
-        function = getattr(tracedensity.refinement, name)
+        function = getattr(tracedensity.ground, name)
 
         def counting(setting: Any, graph: Any, kept: Any, *arguments: Any) -> Any:
             rows["spent"] += price * len(next(iter(kept.values()))) * len(setting.prompts)
             return function(setting, graph, kept, *arguments)
 
-        monkeypatch.setattr(tracedensity.refinement, name, counting)
+        monkeypatch.setattr(tracedensity.ground, name, counting)
 
     counted("run_masks", 1)
     counted("run_shares", GRADIENT_PASSES)

@@ -26,8 +26,8 @@ import tracedensity as td
 from tracedensity.evaluation import setting_for
 from tracedensity.gauge import Gauge
 from tracedensity.graph.component import ComponentGraph
+from tracedensity.ground import Ground
 from tracedensity.model import as_transformer
-from tracedensity.refinement import Ground
 from tracedensity.run import Conditions
 from tracedensity.situation import Home
 from tracedensity.tasks import WORDS

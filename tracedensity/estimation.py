@@ -20,9 +20,10 @@ from tracedensity.gauge import Gauge
 from tracedensity.graph import flatten, unflatten
 from tracedensity.graph.circuit import Certificate, Circuit
 from tracedensity.graph.component import ComponentGraph
+from tracedensity.ground import Ground
 from tracedensity.metric import QUESTIONS, Metric
 from tracedensity.model import Transformer, as_transformer
-from tracedensity.refinement import Ground, refined
+from tracedensity.refinement import refined
 from tracedensity.run import Conditions, run_family
 from tracedensity.score import Scores, scored
 from tracedensity.score.baseline import arrival_scores

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tracedensity.refinement import Ground
+from tracedensity.ground import Ground
 
 MOST_EDGES = 22
 """Four million circuits are run on a graph of so many edges."""

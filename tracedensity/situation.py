@@ -19,9 +19,9 @@ from tracedensity.gauge import Gauge
 from tracedensity.graph import Graph, flatten, unflatten
 from tracedensity.graph.component import ComponentGraph
 from tracedensity.graph.token import TokenGraph
+from tracedensity.ground import Ground
 from tracedensity.metric import Metric
 from tracedensity.model import Transformer
-from tracedensity.refinement import Ground
 from tracedensity.task import Task
 from tracedensity.tasks import WORDS
 

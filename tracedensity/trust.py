@@ -16,9 +16,10 @@ from tracedensity.gauge import Gauge
 from tracedensity.graph import Graph, flatten
 from tracedensity.graph.circuit import Circuit
 from tracedensity.graph.component import ComponentGraph
+from tracedensity.ground import Ground
 from tracedensity.metric import Metric
 from tracedensity.model import as_transformer
-from tracedensity.refinement import Ground, refined
+from tracedensity.refinement import refined
 from tracedensity.run import Conditions
 from tracedensity.score import attribute
 from tracedensity.score.baseline import arrival_scores
