@@ -1,6 +1,7 @@
 """Refined circuits: faithful, small, certified, the same again from the same seed, and never over the budget."""
 
 import json
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -12,11 +13,18 @@ import torch
 from conftest import STORIES
 from handmade import COPY_CIRCUIT, COPY_PROMPT, INDUCTION_CIRCUIT, INDUCTION_PROMPT
 from handmade_components import INDUCTION_TASK
+from test_left_as_it_was import state
+from transformer_lens.hook_points import HookPoint
 
 import tracedensity as td
 from tracedensity import ground
+from tracedensity.gauge import Gauge
 from tracedensity.graph import flatten
-from tracedensity.search import GRADIENT_PASSES
+from tracedensity.ground import Ground
+from tracedensity.model import as_transformer
+from tracedensity.run import Conditions
+from tracedensity.search import GRADIENT_PASSES, Search, SpentError
+from tracedensity.setting import token_setting
 
 pytestmark = pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated")
 
@@ -297,3 +305,71 @@ def test_scores_and_other_prompts_are_refused(tiny_gpt2, unchecked):
         td.refine(tiny_gpt2, PROMPT, scores)
     with pytest.raises(ValueError, match="must belong to this model and prompt"):
         td.refine(tiny_gpt2, PROMPT[:-1], scores.rank())
+
+
+# -- what is said of what was found ----------------------------------------------------------------
+
+
+def test_a_circuit_refined_on_another_prompt_is_one_of_that_prompt(tiny_gpt2):
+    start = td.attribute(tiny_gpt2, [3, 1, 4, 1, 5]).rank()
+    found = td.refine(tiny_gpt2, [9, 2, 6, 5, 3], start, 0.7, budget=60)
+    assert found.provenance.token_ids == (9, 2, 6, 5, 3)
+    again = found.verify(tiny_gpt2)
+    assert again.faithfulness == pytest.approx(found.faithfulness, abs=1e-5)
+
+
+def test_a_circuit_refined_on_another_model_is_one_of_that_model(tiny_gpt2, tiny_llama):
+    start = td.attribute(tiny_gpt2, [3, 1, 4, 1, 5]).rank()
+    assert td.TokenGraph.of(as_transformer(tiny_llama), 5) == start.graph
+    found = td.refine(tiny_llama, [3, 1, 4, 1, 5], start, 0.7, budget=60)
+    assert found.verify(tiny_llama).faithfulness == pytest.approx(found.faithfulness, abs=1e-5)
+
+
+def test_edges_that_are_kept_anyhow_are_counted_nowhere(tiny_gpt2):
+    options = {"keep_residual": True, "thresholds": (0.5, 0.9), "baselines": False}
+    plain = td.density(tiny_gpt2, [3, 1, 4, 1, 5], **options)
+    tight = td.density(tiny_gpt2, [3, 1, 4, 1, 5], method="best", refine=True, budget=30, **options)
+    for threshold in (0.5, 0.9):
+        of_plain = plain.circuit(faithfulness=threshold).composition()
+        n_free = sum(number for kind, number in of_plain.items() if not kind.startswith("resid"))
+        found = tight.circuit(faithfulness=threshold)
+        assert not any(number for kind, number in found.composition().items() if kind.startswith("resid"))
+        assert tight.minimal_size(threshold) == found.n_edges <= tight.published.minimal_size(threshold) <= n_free
+
+
+def test_what_was_run_once_is_not_paid_for_again(tiny_gpt2):
+    setting = token_setting(as_transformer(tiny_gpt2), [3, 1, 4, 1, 5], None, -1, 0)
+    graph = td.TokenGraph.of(as_transformer(tiny_gpt2), 5)
+    search = Search([Ground(graph, Conditions(), Gauge.of(setting, graph, "tv"))], 0.9, 10, 0)
+    some = torch.rand(4, graph.n_edges, generator=torch.Generator().manual_seed(0)) < 0.9
+    first = search.tried(some[[0, 1, 0]])
+    assert search.passes == 2 and first.faithfulness[0] == first.faithfulness[2]
+    again = search.tried(some)
+    assert search.passes == 4 and torch.equal(again.faithfulness[:2], first.faithfulness[:2])
+    with pytest.raises(SpentError):
+        search.tried(torch.rand(9, graph.n_edges) < 0.5)
+    assert search.passes == 10
+    assert torch.equal(search.tried(some).loss, again.loss) and search.passes == 10
+
+
+def test_a_budget_that_nothing_spends_is_refused(tiny_gpt2):
+    with pytest.raises(ValueError, match="`budget` must be left out without `refine=True`"):
+        td.density(tiny_gpt2, [3, 1, 4], budget=100)
+
+
+@pytest.mark.parametrize("moment", ["add_hook", "remove_hooks"])
+def test_ctrl_c_waits_until_hooks_are_off_again(moment, tiny_gpt2, monkeypatch):
+    start = td.attribute(tiny_gpt2, [3, 1, 4, 1, 5]).rank().circuit(40)
+    before, function, calls = state(tiny_gpt2), getattr(HookPoint, moment), Counter()
+
+    def struck(*arguments, **options):
+        calls[moment] += 1
+        if calls[moment] == 100:
+            signal.raise_signal(signal.SIGINT)
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(HookPoint, moment, struck)
+    with pytest.warns(UserWarning, match="interrupted after"):
+        found = td.refine(tiny_gpt2, [3, 1, 4, 1, 5], start, 0.9, budget=2000)
+    assert found.certificate is not None and found.certificate.interrupted
+    assert calls[moment] > 100 and state(tiny_gpt2) == before

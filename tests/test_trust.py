@@ -408,8 +408,18 @@ def test_the_complement_and_the_first_random_circuit_are_what_evaluate_says(kind
     circuit = replace(some_circuit(model, share=0.4), **running)
     found = circuit.check(model, n_random=3, seed=5)
     assert found.complement == about(faithfulness(model, PROMPT, circuit, inverse=True))
-    grown = td.attribute(model, PROMPT, method="random-connected", seed=5).rank("top").circuit(circuit.n_edges)
-    assert float(found.random[0]) == about(faithfulness(model, PROMPT, replace(grown, **running)))
+    kept_anyhow = {"keep_residual": ("resid_attn", "resid_mlp"), "attention": ("head",)}
+    others = [kind for option in running for kind in kept_anyhow.get(option, ())]  # these are counted in no size
+    wanted = sum(number for kind, number in circuit.composition().items() if kind not in others)
+    ranking = td.attribute(model, PROMPT, method="random-connected", seed=5).rank("top")
+    places = torch.cat([ranking.rank[kind][ranking.graph.exists[kind]] for kind in ranking.rank if kind not in others])
+    last = places.sort().values[wanted - 1]
+    grown = {
+        kind: ranking.graph.exists[kind] & (rank <= last) & torch.tensor(kind not in others)
+        for kind, rank in ranking.rank.items()
+    }
+    expected = circuit.of_edges(grown)
+    assert float(found.random[0]) == about(faithfulness(model, PROMPT, replace(expected, **running)))
     assert len({round(float(each), 4) for each in found.random}) > 1
 
 
@@ -731,7 +741,9 @@ def test_what_cannot_be_checked_gets_one_sentence(options, sentence, tiny_gpt2):
     ],
 )
 def test_swaps_that_are_none_get_one_sentence(swaps, got, books):
-    with pytest.raises(ValueError, match=f"`swaps` must change words of the prompt and leave .* as it is, got {got}"):
+    with pytest.raises(
+        ValueError, match=f"`swaps` must change words of the prompt, one by one, .* as it is, got {got}"
+    ):
         some_circuit(books, STORY).check(books, swaps=swaps, n_random=0)
 
 
@@ -791,7 +803,9 @@ def test_all_numbers_are_shown(shown):
 def test_json_holds_all_numbers(shown):
     values = json.loads(json.dumps(shown.to_dict()))
     assert values["n_edges"] == 40 and values["worst"] == shown.worst
-    assert [each["faithfulness"] for each in values["situations"]] == shown.table()["faithfulness"].tolist()
+    reached = [each["faithfulness"] for each in values["situations"]]
+    assert reached == [faithfulness for _, faithfulness in shown.situations]
+    assert values["complement"] == shown.complement and values["random"] == shown.random.tolist()
     assert [each["other"] for each in values["overlaps"]] == [each.other for each in shown.overlaps]
 
 
@@ -902,3 +916,16 @@ def test_a_circuit_that_is_more_than_faithful_can_be_checked():
     best = curve.refined[-1]
     assert best.faithfulness is not None and best.faithfulness > 1.01
     best.check(model, n_random=0)
+
+
+def test_swaps_of_what_is_no_text_are_refused(tiny_gpt2, books):
+    with pytest.raises(ValueError, match=r"`swaps` must be a dictionary of words .* got some for a task or"):
+        some_circuit(tiny_gpt2).check(tiny_gpt2, swaps={"girl": "boy"})
+    with pytest.raises(ValueError, match=r"`swaps` must be a dictionary of words of a prompt, .* got \['girl'\]"):
+        some_circuit(books, STORY).check(books, swaps=["girl"])  # type: ignore[arg-type]
+
+
+def test_edges_that_are_kept_anyhow_are_in_no_other_circuit(books):
+    curve = td.density(books, "The dog", thresholds=(0.5,), keep_residual=True, refine=True, budget=60)
+    found = curve.circuit(faithfulness=0.5).check(books, n_random=2)
+    assert {each.n_edges for each in found.overlaps if "first" in each.other} == {found.circuit.n_edges}

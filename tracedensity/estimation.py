@@ -1,9 +1,9 @@
 """Estimation: from a model and a prompt to a density curve."""
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from operator import index
 from typing import SupportsIndex
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from tracedensity.choices import Attention, Change, DensityMethod, FaithfulnessMetric, Family, GraphName, Question
 from tracedensity.curve import THRESHOLDS, DensityCurve, Points, crossings, each_of, require_thresholds
 from tracedensity.evaluation import Sizes, as_sizes, paper_sizes, require_options
-from tracedensity.exhaustive import best_of_each_size
+from tracedensity.exhaustive import best_of_each_size, require_few
 from tracedensity.extract import Ranking, rank_edges
 from tracedensity.faithfulness import CONVERSIONS, entropy
 from tracedensity.gauge import Gauge
@@ -23,7 +23,7 @@ from tracedensity.graph.component import ComponentGraph
 from tracedensity.ground import Ground
 from tracedensity.metric import QUESTIONS, Metric
 from tracedensity.model import Transformer, as_transformer
-from tracedensity.refinement import refined
+from tracedensity.refinement import refined, was_interrupted, whole
 from tracedensity.run import Conditions, run_family
 from tracedensity.score import Scores, scored
 from tracedensity.score.baseline import arrival_scores
@@ -33,6 +33,9 @@ from tracedensity.tight import TightCurve
 
 PRECISION = 0.02
 """A crossing of a threshold is known to this share of its size, or to one edge."""
+
+_BUDGET = 400
+"""Passes that a search may spend on a threshold, if nothing else is said."""
 
 BEST = {"token": ("norm", "norm-l2", "flow", "eap", "eap-ig-layers"), "component": (None, "eap", "flow")}
 """Methods whose rankings the method "best" tries, the usual one of the graph first."""
@@ -58,7 +61,7 @@ def density(
     sizes: Sizes = (),
     per_example: bool = False,
     refine: bool = False,
-    budget: SupportsIndex = 400,
+    budget: SupportsIndex = _BUDGET,
     robust: bool | Sequence[Change | str] = False,
     baselines: bool = True,
     position: int = -1,
@@ -118,9 +121,12 @@ def density(
     require_thresholds(tuple(thresholds))
     thresholds = tuple(sorted({float(threshold) for threshold in thresholds}))
     usual = [*CONVERSIONS, *([] if graph == "token" else QUESTIONS)]
-    for option, given in (("per_example", per_example), ("signed", signed)):
-        if given and graph == "token":
-            raise ValueError(f"`{option}` must be left out on the token graph, where it means nothing.")
+    if per_example and graph == "token":
+        raise ValueError("`per_example` must be left out on the token graph, where there is one.")
+    if signed and graph == "token" and not str(method).startswith("eap"):
+        raise ValueError(f"`signed` must be left out for method {method or 'norm'!r}, whose scores have no sign.")
+    if not refine and whole(budget, "budget") != _BUDGET:
+        raise ValueError("`budget` must be left out without `refine=True`: nothing else spends one.")
     if not (metric is None or callable(metric) or metric in usual) or (graph == "token" and callable(metric)):
         raise ValueError(f"`metric` must be one of {list(dict.fromkeys(usual))}, got {metric!r}.")
     if method == "exhaustive" and refine:
@@ -139,10 +145,15 @@ def density(
     require_options(scores.graph, attention, keep_residual, batch_size)
     conditions = Conditions(False, keep_residual, attention, setting.ablation)
     ground = Ground(scores.graph, conditions, Gauge.of(setting, scores.graph, metric), batch_size)
+    if method == "exhaustive":
+        require_few(ground)
     rankings = [scores.rank(family, signed=signed)]
     if method == "best":
         others = [scored_by(other, None if other == "flow" else asked)[1] for other in BEST[graph][1:]]
         rankings += [each.rank(family, signed=signed) for each in others]
+    if (method in ("best", "exhaustive") or refine) and not ground.free.all():
+        # searches know no edges that are kept anyhow, so that no circuit may count them
+        rankings = [ranking.postponed(~ground.free) for ranking in rankings]
 
     def curve_on(grounds: Sequence[Ground], baselines: bool) -> DensityCurve:
         making = _Making(transformer, tuple(grounds), thresholds, as_sizes(sizes, ground.graph.n_edges), per_example)
@@ -155,20 +166,28 @@ def density(
             return published
         curve = TightCurve.of(published, families, ())
         if refine:
-            found = _refined(grounds, curve, index(budget) * len(grounds), seed)
+            found = _refined(grounds, curve, whole(budget, "budget") * len(grounds), seed)
             curve = TightCurve.of(published, families, found)
         return curve
 
     curve = curve_on([ground], baselines)
-    if robust:
+    interrupted = isinstance(curve, TightCurve) and any(map(was_interrupted, curve.refined))
+    if robust and not interrupted:
         home = Home(
             transformer, curve.provenance.subject, ground, ground.gauge.metric if metric is None else metric, seed
         )
-        stout = curve_on(home.situations(USUAL if robust is True else robust), False)
+        stout = curve_on(home.required(USUAL if robust is True else robust), False)
+        interrupted = isinstance(stout, TightCurve) and any(map(was_interrupted, stout.refined))
         if isinstance(curve, TightCurve) and isinstance(stout, TightCurve):  # what stands a lot stands at home
             at_home = [circuit.at_home() for circuit in stout.refined]
             curve = TightCurve.of(curve.published, curve.families, (*curve.refined, *at_home))
         curve = replace(curve, robust=stout)
+    if interrupted:
+        warnings.warn(
+            "interrupted: thresholds that were not searched for have circuits of rankings"
+            + (", and nothing is said of robust ones." if robust and curve.robust is None else "."),
+            stacklevel=3,
+        )
     return curve
 
 
@@ -178,7 +197,7 @@ def _refined(grounds: Sequence[Ground], curve: TightCurve, budget: int, seed: in
     for threshold in curve.thresholds:
         start, below = curve.circuit(faithfulness=threshold), found[-1] if found else None
         found.append(refined(grounds, start, threshold, budget=budget, seed=seed, below=below))
-        if (known := found[-1].certificate) is not None and known.interrupted:
+        if was_interrupted(found[-1]):
             break  # the thresholds above are left to the rankings
     return tuple(found)
 
@@ -187,7 +206,8 @@ def _all_circuits(grounds: Sequence[Ground], curve: DensityCurve) -> tuple[Circu
     """The best circuit of every size that is better than all smaller ones."""
     faithfulness, kept = best_of_each_size(grounds)
     graph, names = grounds[0].graph, tuple(ground.name for ground in grounds if len(grounds) > 1)
-    n_circuits = 2 ** (len(faithfulness) - 1)
+    n_passes = 2 ** (len(faithfulness) - 1) * sum(ground.price for ground in grounds)
+    provenance = replace(curve.provenance, method="exhaustive")
     circuits, most = [], -math.inf
     for size, reached in enumerate(faithfulness.tolist()):
         if reached <= most:
@@ -195,12 +215,12 @@ def _all_circuits(grounds: Sequence[Ground], curve: DensityCurve) -> tuple[Circu
         most = reached
         masks = unflatten(graph, kept[size], False)
         certificate = Certificate(
-            reached, n_circuits, n_circuits, 0, graph.n_edges, size, masks, minimum=True, situations=names,
+            reached, n_passes, n_passes, 0, graph.n_edges, size, masks, minimum=True, situations=names,
             worst=reached if names else None,
         )  # fmt: skip
         measured = float(grounds[0].tried(kept[size][None]).faithfulness) if names else reached
-        circuit = replace(curve.circuit(size=0), kept=masks, faithfulness=measured, certificate=certificate)
-        circuits.append(circuit)
+        circuit = replace(curve.circuit(size=0), kept=masks, provenance=provenance, faithfulness=measured)
+        circuits.append(replace(circuit, certificate=certificate))
     return tuple(circuits)
 
 

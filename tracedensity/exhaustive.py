@@ -14,6 +14,15 @@ MOST_EDGES = 22
 _AT_ONCE = 2**14
 
 
+def require_few(ground: Ground) -> None:
+    """Raise a ValueError if there are too many circuits to run them all."""
+    if (n_free := int(ground.free.sum())) > MOST_EDGES:
+        raise ValueError(
+            f"`method` must not be 'exhaustive' for a graph of {n_free:,} edges that can be taken away, the most is "
+            f"{MOST_EDGES}: every one of the circuits is run. Use 'best' with `refine=True`."
+        )
+
+
 def best_of_each_size(grounds: Sequence[Ground]) -> tuple[Float[Tensor, " size"], Bool[Tensor, "size edge"]]:
     """The most faithful circuit of every number of edges, all circuits having been run.
 
@@ -23,18 +32,10 @@ def best_of_each_size(grounds: Sequence[Ground]) -> tuple[Float[Tensor, " size"]
     Returns:
         Faithfulness by number of edges, from none to all that the conditions do not keep anyhow, and the circuits; of
         equally faithful ones the one that comes first when edges are counted in binary.
-
-    Raises:
-        ValueError: If the graph has too many edges for that.
     """
     first = grounds[0]
     free = first.free.nonzero()[:, 0]
     n_free = len(free)
-    if n_free > MOST_EDGES:
-        raise ValueError(
-            f"`method` must not be 'exhaustive' for a graph of {n_free:,} edges that can be taken away, the most is "
-            f"{MOST_EDGES}: every one of the circuits is run. Use 'best' with `refine=True`."
-        )
     faithfulness = torch.full((n_free + 1,), -torch.inf, dtype=torch.float64)
     number = torch.zeros(n_free + 1, dtype=torch.long)
     for numbers in _numbers(n_free):

@@ -1,7 +1,7 @@
 """Rankings: the order in which edges enter, which is a nested family of circuits."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import index
 from typing import SupportsIndex, get_args
 
@@ -43,6 +43,13 @@ class Ranking:
     def kept(self, size: int) -> dict[str, Bool[Tensor, "..."]]:
         """The first `size` edges, as one boolean tensor per kind."""
         return {kind: (rank >= 0) & (rank < size) for kind, rank in self.rank.items()}
+
+    def postponed(self, late: Bool[Tensor, " edge"]) -> "Ranking":
+        """The same order, but that some edges enter after all others."""
+        place = flatten(self.graph, self.rank).long()
+        order = (place + len(place) * late).argsort()
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+        return replace(self, rank=unflatten(self.graph, place.int(), -1), natural_sizes=None)
 
     def sizes_after_pruning(self, sizes: Int[Tensor, " circuit"]) -> Int[Tensor, " circuit"]:
         """How many of the first `size` edges are on a path of them from an input to the output."""

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from tracedensity.interrupts import uninterrupted
+
 Prompt: TypeAlias = str | Sequence[SupportsIndex] | Tensor | np.ndarray
 """One prompt: text, a list of token ids, or a tensor of them."""
 
@@ -287,6 +289,7 @@ class Transformer:
 
     # -- running ---------------------------------------------------------------------------------
 
+    @uninterrupted()
     def logits(
         self,
         tokens: Int[Tensor, "batch pos"],
@@ -459,8 +462,9 @@ class Transformer:
                 parameter.requires_grad_(False)
             yield
         finally:
-            for parameter in learning:
-                parameter.requires_grad_(True)
+            with uninterrupted():
+                for parameter in learning:
+                    parameter.requires_grad_(True)
 
     def attend(
         self,
@@ -483,13 +487,13 @@ class Transformer:
 
     @contextmanager
     def reading(self, sites: Mapping[Site, Callable[[Tensor], None]]) -> Iterator[None]:
-        """While open, hand the value at each site to its function, whenever the model runs."""
+        """While open, which is for a run, hand the value at each site to its function."""
 
         def read(value: Tensor, hook: object, function: Callable[[Tensor], None]) -> None:
             function(value)
 
         hooks = [(self._hook(*site), partial(read, function=function)) for site, function in sites.items()]
-        with self.model.hooks(fwd_hooks=hooks):
+        with uninterrupted(), self.model.hooks(fwd_hooks=hooks):
             yield
 
     def observe(

@@ -16,6 +16,7 @@ from tracedensity.graph.circuit import Certificate, Circuit
 from tracedensity.ground import Ground
 from tracedensity.metric import Metric
 from tracedensity.model import as_transformer
+from tracedensity.provenance import Provenance
 from tracedensity.run import Conditions
 from tracedensity.search import Search
 
@@ -97,7 +98,14 @@ def refine(
     setting = setting_for(transformer, graph, prompt, ablation, position, about.provenance.seed)
     conditions = Conditions(False, keeps, attention or about.attention, setting.ablation)
     gauge = Gauge.of(setting, graph, about.metric if metric is None else metric)
-    return refined([Ground(graph, conditions, gauge, batch_size)], given, faithfulness, budget=budget, seed=seed)
+    found = refined([Ground(graph, conditions, gauge, batch_size)], given, faithfulness, budget=budget, seed=seed)
+    if was_interrupted(found) and (known := found.certificate) is not None:
+        warnings.warn(
+            f"interrupted after {known.passes} of {known.budget} passes: this is the best circuit so far, of "
+            f"{known.n_candidates} edges.",
+            stacklevel=3,
+        )
+    return found
 
 
 def refined(
@@ -120,8 +128,11 @@ def refined(
         seed: For whatever is drawn at random.
         below: A circuit that is less faithful, from which to grow one that is enough, in place of from nothing.
         left_out: Share of edges, drawn at random, that are not to be used for that.
+
+    Returns:
+        The circuit; of a search that was interrupted (which its certificate says), the best so far.
     """
-    budget, seed = index(budget), index(seed)
+    budget, seed = whole(budget, "budget"), whole(seed, "seed")
     if isinstance(faithfulness, bool) or not isinstance(faithfulness, float | int) or not 0 < faithfulness <= 1:
         raise ValueError(f"`faithfulness` must be above 0 and at most 1, got {faithfulness!r}.")
     first, once = grounds[0], sum(ground.price for ground in grounds)
@@ -136,11 +147,7 @@ def refined(
         search.go(start, below, left_out)
     except KeyboardInterrupt:
         interrupted = True
-        warnings.warn(
-            f"interrupted after {search.passes} of {budget} passes: this is the best circuit so far, of "
-            f"{search.size(search.best)} edges.",
-            stacklevel=3,
-        )
+    made = start.provenance  # the prompt, and even the model, may be others than those of the start
     measured = float(first.tried(search.best[None]).faithfulness)
     several = len(grounds) > 1
     worst = min([measured, *(float(ground.tried(search.best[None]).faithfulness) for ground in grounds[1:])])
@@ -152,7 +159,7 @@ def refined(
     return Circuit(
         first.graph,
         unflatten(first.graph, search.best, False),
-        start.provenance,
+        Provenance.of(first.setting, made.method, made.seed, made.metric),
         ablation=first.conditions.ablation,
         keep_residual=first.conditions.keep_residual,
         attention=first.conditions.attention,
@@ -160,3 +167,20 @@ def refined(
         faithfulness=measured,
         certificate=certificate,
     )
+
+
+def was_interrupted(circuit: Circuit) -> bool:
+    """Whether the search that found it was cut short by Ctrl-C."""
+    return circuit.certificate is not None and circuit.certificate.interrupted
+
+
+def whole(value: SupportsIndex, name: str) -> int:
+    """A whole number.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    try:
+        return index(value)
+    except TypeError as error:
+        raise ValueError(f"`{name}` must be a whole number, got {value!r}.") from error

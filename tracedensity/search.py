@@ -287,7 +287,7 @@ class Search:
         return None
 
     def _flipped(
-        self, core: Mask, flips: Sequence[Int[Tensor, "_"]], whole: Callable[[Tensor], Tensor], loss: float
+        self, core: Mask, flips: Sequence[Int[Tensor, " _"]], whole: Callable[[Tensor], Tensor], loss: float
     ) -> "_Flipped":
         """Circuits in which some edges are flipped, run."""
         cores = core.repeat(len(flips), 1)
@@ -354,7 +354,7 @@ class Search:
     def _without(
         self,
         chosen: Mask,
-        chunks: Sequence[Int[Tensor, "_"]],
+        chunks: Sequence[Int[Tensor, " _"]],
         whole: Callable[[Tensor], Tensor],
         losses: Float[Tensor, " edge"] | None = None,
     ) -> Mask | None:

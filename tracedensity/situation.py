@@ -76,6 +76,11 @@ class Home:
         unknown = [each for each in changes if each not in get_args(Change)]
         if unknown:
             raise ValueError(f"`robust` must be some of {list(get_args(Change))}, got {unknown}.")
+        if swaps is not None and not (isinstance(swaps, Mapping) and self._text is not None):
+            raise ValueError(
+                "`swaps` must be a dictionary of words of a prompt, each with the one that takes its place, got "
+                + (f"{swaps!r}." if self._text is not None else "some for a task or for tokens that are no text.")
+            )
         found = [self._ablated(each) for each in self._ablations() if each in changes]
         found += [self._prompted(_shown(each), each) for each in prompts]
         if (text := self._text) is not None and ("swap" in changes or swaps is not None):
@@ -93,12 +98,28 @@ class Home:
         own = replace(self.ground, name=f"own: {self.ground.conditions.ablation} ablation")
         return [own, *(each for each in found if each.gauge.tells)]
 
+    def required(self, changes: Iterable[Change | str] | str) -> list[Ground]:
+        """Situations in which a circuit has to be faithful.
+
+        Raises:
+            ValueError: If there is none beside its own.
+        """
+        changes = [changes] if isinstance(changes, str) else list(changes)
+        found = self.situations(changes)
+        if len(found) == 1:
+            raise ValueError(
+                f"`robust` must name something else than the circuit's own situation that there is for this prompt or "
+                f"task, got {changes}. Ablations here are {self._ablations()}."
+            )
+        return found
+
     # -- ablations ---------------------------------------------------------------------------------
 
     def _ablations(self) -> list[str]:
         own = self.ground.conditions.ablation
         if isinstance(self.ground.graph, TokenGraph):
-            known = list(get_args(TokenAblation))
+            # a single token has no others whose mean it could carry
+            known = list(get_args(TokenAblation)) if self.ground.graph.n_pos > 1 else ["zero"]
         else:
             several = isinstance(self.subject, Task) and len(self.subject) > 1
             paired = isinstance(self.subject, Task) and self.subject.corrupted is not None
@@ -158,7 +179,7 @@ class Home:
         tied = isinstance(self.ground.graph, TokenGraph)
         if other == text or (tied and self._ends(other) != self._ends(text)):
             raise ValueError(
-                "`swaps` must change words of the prompt and leave the number of tokens of each, in all "
+                "`swaps` must change words of the prompt, one by one, and leave the number of tokens of each, in all "
                 f"{len(self._ids(text))}, as it is, got {other!r} of {len(self._ids(other))}."
             )
         return other

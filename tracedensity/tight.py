@@ -18,7 +18,8 @@ class TightCurve(DensityCurve):
     """The upper envelope of all that was run for a prediction: no circuit on it is beaten by a smaller one.
 
     Each point is a circuit that was run; faithfulness grows with size by construction, so that the first circuit that
-    reaches a threshold is also where the curve stays above it.
+    reaches a threshold is also where the curve stays above it. Edges that the conditions keep anyhow are counted in no
+    size, neither here nor in `published`: in the order of a ranking they come last.
 
     What `DensityCurve` says of a ranking and of baselines is said here of the published estimator's.
 
@@ -56,7 +57,10 @@ class TightCurve(DensityCurve):
     @property
     def passes(self) -> int:
         """What searching has cost, in plain forward passes; 0 if there was no search."""
-        return sum(circuit.certificate.passes for circuit in self.refined if circuit.certificate is not None)
+        known = [circuit for circuit in self.refined if circuit.certificate is not None]
+        together = [circuit for circuit in known if circuit.provenance.method == "exhaustive"][:1]  # one run of all
+        alone = [circuit for circuit in known if circuit.provenance.method != "exhaustive"]
+        return sum(circuit.certificate.passes for circuit in (*alone, *together) if circuit.certificate)
 
     def circuit(
         self, *, faithfulness: float | int | None = None, size: SupportsIndex | None = None, stable: bool = False
@@ -120,7 +124,7 @@ class TightCurve(DensityCurve):
             robust = f"{row['robust_size']:>10,}" if "robust_size" in row else ""
             lines.append(
                 f"{plain(row['threshold']):>12}{size:>12,} edges{row['fraction']:>9.2%}{published:>12,}"
-                f"{published / max(size, 1):>8.1f}{robust}  {_known(row)}"
+                f"{max(published, 1) / max(size, 1):>8.1f}{robust}  {_known(row)}"
             )
         return "\n".join([*lines, *([""] * (self.robust is not None)), *self._robust_lines()])
 

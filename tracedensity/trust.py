@@ -19,7 +19,7 @@ from tracedensity.graph.component import ComponentGraph
 from tracedensity.ground import Ground
 from tracedensity.metric import Metric
 from tracedensity.model import as_transformer
-from tracedensity.refinement import refined
+from tracedensity.refinement import refined, was_interrupted, whole
 from tracedensity.run import Conditions
 from tracedensity.score import attribute
 from tracedensity.score.baseline import arrival_scores
@@ -133,7 +133,9 @@ class Check:
             "n_edges": self.circuit.n_edges,
             "metric": self.circuit.metric,
             "worst": self.worst,
-            "situations": [dict(zip(("situation", "faithfulness"), row, strict=True)) for row in self._rows()],
+            "situations": [{"situation": name, "faithfulness": reached} for name, reached in self.situations],
+            "complement": self.complement,
+            "random": self.random.tolist(),
             "overlaps": self.overlap_table().to_dict(orient="records"),
         }
 
@@ -141,11 +143,10 @@ class Check:
         lines = [f"Check of {self.circuit}", "", f"{'faithfulness':>12}  situation"]
         lines += [f"{reached:>12.3f}  {name}" for name, reached in self._rows()]
         if self.overlaps:
-            lines += ["", f"{'Jaccard':>12}{'null 95%':>10}{'edges':>8}  other circuit"]
-            lines += [
-                f"{each.jaccard:>12.3f}{each.null_high:>10.3f}{each.n_edges:>8,}  {each.other}"
-                for each in self.overlaps
-            ]
+            lines += ["", f"{'Jaccard':>12}{'null 95%':>10}{'edges':>8}{'faithful':>10}  other circuit"]
+            for each in self.overlaps:
+                numbers = f"{each.jaccard:>12.3f}{each.null_high:>10.3f}{each.n_edges:>8,}{each.faithfulness:>10.3f}"
+                lines.append(f"{numbers}  {each.other}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -185,7 +186,7 @@ def check(
         ValueError: If `model` is not the one that the circuit was found in, or a prompt does not fit.
     """
     for name, value in (("n_random", n_random), ("n_seeds", n_seeds)):
-        if value < 0:
+        if whole(value, name) < 0:
             raise ValueError(f"`{name}` must be at least 0, got {value}.")
     transformer, subject = as_transformer(model), circuit.provenance.subject
     circuit.provenance.require_same_model(transformer)
@@ -195,43 +196,55 @@ def check(
     ground = Ground(circuit.graph, conditions, Gauge.of(setting, circuit.graph, wanted))
     home = Home(transformer, subject, ground, wanted, seed)
     kept = flatten(circuit.graph, circuit.kept)
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     situations = [
         (each.name, float(each.tried(kept[None]).faithfulness))
         for each in home.situations(get_args(Change), prompts=prompts, swaps=swaps)
     ]
     generator = torch.Generator().manual_seed(seed)
-    drawn = [_random_circuit(circuit, generator) for _ in range(n_random)]
+    drawn = [_random_circuit(ground, circuit, generator) for _ in range(n_random)]
     random = ground.tried(torch.stack(drawn)).faithfulness if drawn else torch.empty(0, dtype=torch.float64)
     rest = Ground(circuit.graph, replace(conditions, inverse=True), ground.gauge)
-    others = [*_searched_again(ground, circuit, n_seeds, budget), *_by_other_methods(model, ground, circuit)]
+    others = [*_searched_again(home, circuit, n_seeds, budget), *_by_other_methods(model, ground, circuit)]
     overlaps = tuple(_overlap(ground, circuit, name, other, generator) for name, other in others)
     return Check(circuit, tuple(situations), float(rest.tried(kept[None]).faithfulness), random, overlaps)
 
 
-def _random_circuit(circuit: Circuit, generator: torch.Generator) -> Bool[Tensor, " edge"]:
+def _random_circuit(ground: Ground, circuit: Circuit, generator: torch.Generator) -> Bool[Tensor, " edge"]:
     """A connected circuit of the same size, grown from the output at random."""
     arrival = arrival_scores(circuit.graph, generator)
-    return _first(rank_edges(circuit.graph, arrival, "top", circuit.provenance), circuit.n_edges)
+    return _first(ground, rank_edges(circuit.graph, arrival, "top", circuit.provenance), circuit)
 
 
-def _first(ranking: Ranking, size: int) -> Bool[Tensor, " edge"]:
-    return flatten(ranking.graph, ranking.rank) < size
+def _first(ground: Ground, ranking: Ranking, circuit: Circuit) -> Bool[Tensor, " edge"]:
+    """As many edges as a circuit has, those aside that are kept anyhow."""
+    kept = flatten(circuit.graph, circuit.kept)
+    place = flatten(ranking.graph, ranking.postponed(~ground.free).rank)
+    return (place < int((kept & ground.free).sum())) | (kept & ~ground.free)
 
 
 def _searched_again(
-    ground: Ground, circuit: Circuit, n_seeds: int, budget: int | None
+    home: Home, circuit: Circuit, n_seeds: int, budget: int | None
 ) -> list[tuple[str, Bool[Tensor, " edge"]]]:
-    """Circuits of the same search from other seeds, each starting from the whole graph."""
+    """Circuits of searches in the same situations, from other seeds and from the whole graph; none after Ctrl-C."""
     known = circuit.certificate
     if known is None:
         return []
+    grounds, note = [home.ground], ""
+    if known.situations:
+        drawn = replace(home, seed=circuit.provenance.seed).situations(get_args(Change))
+        found_again = [each for each in drawn if each.name in known.situations]
+        grounds, note = (found_again, "") if len(found_again) == len(known.situations) else (grounds, ", at home only")
     everything = circuit.of_edges(dict(circuit.graph.exists))
     found = []
     for seed in range(known.seed + 1, known.seed + 1 + n_seeds):
         other = refined(
-            [ground], everything, min(known.target, 1.0), budget=budget or known.budget, seed=seed, left_out=_LEFT_OUT
-        )
-        found.append((f"search with seed {seed}", flatten(circuit.graph, other.kept)))
+            grounds, everything, min(known.target, 1.0), budget=known.budget if budget is None else budget, seed=seed,
+            left_out=_LEFT_OUT,
+        )  # fmt: skip
+        if was_interrupted(other):
+            break
+        found.append((f"search with seed {seed}{note}", flatten(circuit.graph, other.kept)))
     return found
 
 
@@ -240,14 +253,15 @@ def _by_other_methods(model: object, ground: Ground, circuit: Circuit) -> list[t
     name, options = "component" if isinstance(circuit.graph, ComponentGraph) else "token", _options(circuit.graph)
     found = []
     for method in _METHODS[name]:
-        own = method == circuit.provenance.method and circuit.certificate is None
-        if own or (options.get("neurons") and not method.startswith("eap")):
+        if options.get("neurons") and not method.startswith("eap"):
             continue
         scores = attribute(
             model, circuit.provenance.subject, graph=name, method=method, ablation=circuit.ablation,
             seed=circuit.provenance.seed, **options,
         )  # fmt: skip
-        found.append((f"{method}, the first {circuit.n_edges:,} edges", _first(scores.rank(), circuit.n_edges)))
+        other = _first(ground, scores.rank(), circuit)
+        if method != circuit.provenance.method or not torch.equal(other, flatten(circuit.graph, circuit.kept)):
+            found.append((f"{method}, the first {int((other & ground.free).sum()):,} edges", other))
     return found
 
 

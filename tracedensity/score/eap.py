@@ -412,7 +412,7 @@ class _Total:
 
     def _in_groups(
         self, changed: Written, at_once: int
-    ) -> Iterator[tuple[int, slice, Float[Tensor, "writer #example #pos d_model"]]]:
+    ) -> Iterator[tuple[int, slice, Float[Tensor, " writer #example #pos d_model"]]]:
         """What ablation changes in the outputs of writers, a few at a time, and the first layer that reads them."""
         yield 0, slice(0, 1), changed.embed[None]
         for layer in range(self.graph.n_layers - 1):  # attention reads none of the last layer's
