@@ -181,11 +181,10 @@ def main(
         means = torch.tensor(logs).mean(0).exp().tolist()
         skips, group, threshold, budget = key
         print(f"{skips:8}{group:26}{threshold:>5}{budget:>7}{'':8}" + "".join(f"{mean:>9.2f}" for mean in means))
-    for keep in ("strict", "kept"):
-        for budget in (int(b) for b in budgets.split(",")):
-            logs = [row for key, rows in ratios.items() if key[0] == keep and key[3] == budget for row in rows]
-            means = torch.tensor(logs).mean(0).exp().tolist()
-            print(f"{keep:8}{'all':26}{'':5}{budget:>7}{'':8}" + "".join(f"{mean:>9.2f}" for mean in means))
+    for skips, threshold, budget in dict.fromkeys((key[0], *key[2:]) for key in ratios):
+        logs = [row for key, rows in ratios.items() if (key[0], *key[2:]) == (skips, threshold, budget) for row in rows]
+        means = torch.tensor(logs).mean(0).exp().tolist()
+        print(f"{skips:8}{'all':26}{threshold:>5}{budget:>7}{'':8}" + "".join(f"{mean:>9.2f}" for mean in means))
     with torch.no_grad():
         batch = as_transformer(loaded).tokens(groups["other"][0])[None]
         print(f"\na plain forward pass of the first prompt: {median_seconds(lambda: loaded(batch)) * 1e3:.2f} ms")

@@ -918,11 +918,9 @@ def test_a_circuit_that_is_more_than_faithful_can_be_checked():
     best.check(model, n_random=0)
 
 
-def test_swaps_of_what_is_no_text_are_refused(tiny_gpt2, books):
+def test_swaps_of_what_is_no_text_are_refused(tiny_gpt2):
     with pytest.raises(ValueError, match=r"`swaps` must be a dictionary of words .* got some for a task or"):
         some_circuit(tiny_gpt2).check(tiny_gpt2, swaps={"girl": "boy"})
-    with pytest.raises(ValueError, match=r"`swaps` must be a dictionary of words of a prompt, .* got \['girl'\]"):
-        some_circuit(books, STORY).check(books, swaps=["girl"])  # type: ignore[arg-type]
 
 
 def test_edges_that_are_kept_anyhow_are_in_no_other_circuit(books):

@@ -288,7 +288,12 @@ class DensityCurve(Points):
         if self.robust is None:
             return {}
         sizes = {plain(each): self.robust.minimal_size(each) for each in self.thresholds}
-        return {"robust_minimal_size": sizes, "situations": list(self.robust.situations)}
+        known = self.robust.to_dict().get("certificate")
+        return {
+            "robust_minimal_size": sizes,
+            **({} if known is None else {"robust_certificate": known}),
+            "situations": list(self.robust.situations),
+        }
 
     def _task_dict(self) -> dict[str, Any]:
         about: dict[str, Any] = {}
