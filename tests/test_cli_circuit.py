@@ -265,7 +265,7 @@ def test_pairs_come_from_files(suffix, capsys, tmp_path):
         (["circuit", "a prompt", "--metric", "logit_diff"], "for a task without distractors"),
         (["circuit", "a prompt", "--out", "circuit.json"], "`circuit.json` must not end in .json"),
         (["circuit", "a prompt", "--benchmark", "circuit.json", "--positions"], "`--benchmark` must come without"),
-        (["density", "a prompt", "--signed"], "`signed` must be left out on the token graph"),
+        (["density", "a prompt", "--signed"], "`signed` must be left out for method 'norm'"),
         (["circuit", "a prompt", "--same-length"], "`--same-length` must come with `--task` or `--pairs`"),
         (
             ["circuit", "--task", "pronoun", "--positions"],
