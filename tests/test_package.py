@@ -71,3 +71,8 @@ def test_links_between_our_pages_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
         if "://" not in link:
             assert (page.parent / link).exists(), link
+
+
+def test_the_package_is_its_command_line():
+    done = subprocess.run([sys.executable, "-m", "tracedensity", "--help"], capture_output=True, text=True, check=True)
+    assert "density" in done.stdout and "refine" in done.stdout

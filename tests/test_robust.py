@@ -572,3 +572,22 @@ def test_the_model_is_left_as_it_was_after_an_error_in_the_middle(error, n_passe
         robust_work(tiny_gpt2)
     assert state(tiny_gpt2) == before
     assert flushes() == flushed
+
+
+@pytest.mark.parametrize("robust", [["swap"], ["zero"], "counterfactual"], ids=str)
+def test_situations_that_there_are_none_of_get_one_sentence(robust, tiny_gpt2):
+    with pytest.raises(ValueError, match=r"`robust` must name something else than .* Ablations here are \['mean', 're"):
+        td.density(tiny_gpt2, PROMPT, robust=robust, baselines=False)
+
+
+def test_one_situation_needs_no_list(tiny_gpt2):
+    curve = td.density(tiny_gpt2, PROMPT, robust="mean", thresholds=(0.5,), baselines=False)
+    assert robust_of(curve).situations == ("own: zero ablation", "ablation: mean")
+
+
+def test_a_robust_circuit_is_compared_with_others_as_robust(tiny_gpt2):
+    options: dict[str, Any] = {"thresholds": (0.8,), "refine": True, "budget": 40, "baselines": False}
+    circuit = robust_of(td.density(tiny_gpt2, PROMPT, robust=["mean"], **options)).circuit(faithfulness=0.8)
+    assert certificate_of(circuit).situations == ("own: zero ablation", "ablation: mean")
+    again = circuit.check(tiny_gpt2, n_random=0, n_seeds=1).overlaps[0]
+    assert again.other == "search with seed 1" and again.faithfulness >= 0.8 - 1e-6
