@@ -10,6 +10,19 @@ import tracedensity as td
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 
 
+def fail_after(monkeypatch, model, n_passes, error):
+    """Let the model fail in its second layer once it has gone through it so often."""
+    block, left = model.blocks[1].mlp, iter(range(n_passes))
+    forward = type(block).forward
+
+    def failing(self, *arguments, **options):
+        if self is block and next(left, None) is None:
+            raise error("in the middle")
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(type(block), "forward", failing)
+
+
 def state(model):
     """All that a user could notice: hooks, flags, gradients, mode, weights."""
     return {

@@ -15,7 +15,7 @@ from component_cases import EQUAL, PROMPT, model_of
 from conftest import random_model
 from handmade_lucky import HABIT, INDUCTION, PLACE, lucky_model
 from handmade_lucky import PROMPT as NAMES_PROMPT
-from test_left_as_it_was import flushes, state
+from test_left_as_it_was import fail_after, flushes, state
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
@@ -558,16 +558,8 @@ def test_the_model_is_left_as_it_was(tiny_llama):
 @pytest.mark.parametrize(("error", "n_passes"), [(RuntimeError, 2), (RuntimeError, 20), (KeyboardInterrupt, 25)])
 def test_the_model_is_left_as_it_was_after_an_error_in_the_middle(error, n_passes, tiny_gpt2, monkeypatch):
     """Interrupted, a search gives what it has found so far; then the next pass fails, which nobody catches."""
-    block, left = tiny_gpt2.blocks[1].mlp, iter(range(n_passes))
-    forward = type(block).forward
-
-    def failing(self, *arguments, **options):
-        if self is block and next(left, None) is None:
-            raise error("in the middle")
-        return forward(self, *arguments, **options)
-
     before, flushed = state(tiny_gpt2), flushes()
-    monkeypatch.setattr(type(block), "forward", failing)
+    fail_after(monkeypatch, tiny_gpt2, n_passes, error)
     with pytest.raises(error):
         robust_work(tiny_gpt2)
     assert state(tiny_gpt2) == before
@@ -585,9 +577,15 @@ def test_one_situation_needs_no_list(tiny_gpt2):
     assert robust_of(curve).situations == ("own: zero ablation", "ablation: mean")
 
 
-def test_a_robust_circuit_is_compared_with_others_as_robust(tiny_gpt2):
+def test_a_robust_circuit_is_compared_with_others_as_robust(tiny_gpt2, monkeypatch):
     options: dict[str, Any] = {"thresholds": (0.8,), "refine": True, "budget": 40, "baselines": False}
     circuit = robust_of(td.density(tiny_gpt2, PROMPT, robust=["mean"], **options)).circuit(faithfulness=0.8)
     assert certificate_of(circuit).situations == ("own: zero ablation", "ablation: mean")
-    again = circuit.check(tiny_gpt2, n_random=0, n_seeds=1).overlaps[0]
-    assert again.other == "search with seed 1" and again.faithfulness >= 0.8 - 1e-6
+    found = []
+    monkeypatch.setattr(
+        "tracedensity.trust.refined", lambda *args, **more: found.append(refined(*args, **more)) or found[0]
+    )
+    assert circuit.check(tiny_gpt2, n_random=0, n_seeds=1).overlaps[0].other == "search with seed 1"
+    known = certificate_of(found[0])
+    assert known.situations == certificate_of(circuit).situations
+    assert known.worst is not None and known.worst >= 0.8 - 1e-6

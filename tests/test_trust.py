@@ -18,7 +18,7 @@ from component_cases import EQUAL, UNEQUAL, model_of
 from conftest import random_model
 from handmade_lucky import HABIT, INDUCTION, NAMES, PLACE, VOCABULARY, lucky_model
 from handmade_lucky import PROMPT as NAMES_PROMPT
-from test_left_as_it_was import flushes, state
+from test_left_as_it_was import fail_after, flushes, state
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
@@ -831,16 +831,8 @@ def test_the_model_is_left_as_it_was(tiny_llama):
 @pytest.mark.parametrize(("error", "n_passes"), [(RuntimeError, 1), (KeyboardInterrupt, 3), (RuntimeError, 9)])
 def test_the_model_is_left_as_it_was_after_an_error_in_the_middle(error, n_passes, tiny_gpt2, monkeypatch):
     circuit = some_circuit(tiny_gpt2)
-    block, left = tiny_gpt2.blocks[1].mlp, iter(range(n_passes))
-    forward = type(block).forward
-
-    def failing(self, *arguments, **options):
-        if self is block and next(left, None) is None:
-            raise error("in the middle")
-        return forward(self, *arguments, **options)
-
     before, flushed = state(tiny_gpt2), flushes()
-    monkeypatch.setattr(type(block), "forward", failing)
+    fail_after(monkeypatch, tiny_gpt2, n_passes, error)
     with pytest.raises(error):
         circuit.check(tiny_gpt2, n_random=2)
     assert state(tiny_gpt2) == before

@@ -3,7 +3,8 @@
 from typing import NamedTuple
 
 import torch
-from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+from benchmarks.truth import tiny_model as tiny_model  # the benchmark's own, on other shapes and seeds
 
 
 class Shape(NamedTuple):
@@ -24,24 +25,6 @@ SHAPES = (
     Shape(3, 1, 2, False),  # 13
 )
 NORMS = ("LN", "RMS", None)
-
-
-def tiny_model(shape: Shape, norm: str | None, seed: int) -> HookedTransformer:
-    """Random weights, large enough for predictions to depend on the prompt."""
-    config = HookedTransformerConfig(
-        n_layers=shape.n_layers, n_heads=shape.n_heads, d_model=8, d_head=4, n_ctx=8, d_vocab=12, act_fn="gelu_new",
-        d_mlp=12 if shape.has_mlp else None, attn_only=not shape.has_mlp, normalization_type=norm,
-        final_rms=norm == "RMS", init_weights=False, device="cpu", model_name=f"tiny-{seed}",
-    )  # fmt: skip
-    model = HookedTransformer(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            fan_in = parameter.shape[-2] if parameter.dim() > 1 else 9
-            parameter.copy_(1.5 * torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
-            if name.split(".")[-2].startswith("ln") and name.endswith("w"):
-                parameter.add_(1)
-    return model.eval()
 
 
 def tiny_prompt(shape: Shape, seed: int) -> list[int]:

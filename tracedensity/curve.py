@@ -288,12 +288,12 @@ class DensityCurve(Points):
         if self.robust is None:
             return {}
         sizes = {plain(each): self.robust.minimal_size(each) for each in self.thresholds}
-        known = self.robust.to_dict().get("certificate")
-        return {
-            "robust_minimal_size": sizes,
-            **({} if known is None else {"robust_certificate": known}),
-            "situations": list(self.robust.situations),
-        }
+        known = {f"robust_{name}": values for name, values in self.robust._certificates().items()}
+        return {"robust_minimal_size": sizes, **known, "situations": list(self.robust.situations)}
+
+    def _certificates(self) -> dict[str, Any]:
+        """What is known of the circuits at the thresholds: nothing of those that no search has found."""
+        return {}
 
     def _task_dict(self) -> dict[str, Any]:
         about: dict[str, Any] = {}

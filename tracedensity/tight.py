@@ -135,17 +135,17 @@ class TightCurve(DensityCurve):
         own = {"published (edges)": lambda row: f"{row['published_size']:,}", "known": _known}
         return {**columns, **own, **robust}
 
+    def _certificates(self) -> dict[str, Any]:
+        known = {plain(each): self.circuit(faithfulness=each).certificate for each in self.thresholds}
+        return {"certificate": {each: None if about is None else about.to_dict() for each, about in known.items()}}
+
     def to_dict(self) -> dict[str, Any]:
         """The numbers of the curve, without circuits, as what JSON can hold."""
-        at = {plain(each): self.circuit(faithfulness=each) for each in self.thresholds}
         return {
             **super().to_dict(),
             "passes": self.passes,
             "baseline_minimal_size": {plain(each): self.published.minimal_size(each) for each in self.thresholds},
-            "certificate": {
-                threshold: None if circuit.certificate is None else circuit.certificate.to_dict()
-                for threshold, circuit in at.items()
-            },
+            **self._certificates(),
             "published": self.published.to_dict(),
         }
 
