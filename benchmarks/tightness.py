@@ -94,7 +94,7 @@ def learned(search: Search, target: float) -> None:
         kept = torch.zeros_like(search.free)
         kept[order[: int(factor * n_open)]] = True
         search.tried(kept[None])
-    search.shortest(torch.zeros_like(search.free), order)
+    search.shortest(order)
 
 
 def spent(search: Search, work: Callable[[], None]) -> int:

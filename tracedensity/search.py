@@ -195,12 +195,12 @@ class Search:
             begin = begin if bool(self.faithful(self.tried(begin[None]))) else None
         else:
             order = flatten(self.graph, start.rank).argsort()
-            begin = self.shortest(torch.zeros_like(self.free), order[self.free[order]])
+            begin = self.shortest(order[self.free[order]])
         if begin is not None:
             self.start_size = self.size(begin)
         return begin
 
-    def shortest(self, base: Mask, order: Int[Tensor, " free"]) -> Mask | None:
+    def shortest(self, order: Int[Tensor, " free"]) -> Mask | None:
         """A circuit with as few as possible of the edges first in an order: three rounds of brackets."""
         low, high = 0, len(order)
         found = None
@@ -210,7 +210,7 @@ class Search:
             if not sizes:
                 break
             some = sorted(sizes)
-            kept = base.repeat(len(some), 1)
+            kept = torch.zeros(len(some), len(self.free), dtype=torch.bool)
             for number, size in enumerate(some):
                 kept[number, order[:size]] = True
             enough = self.faithful(self.tried(kept)).nonzero()[:, 0].tolist()

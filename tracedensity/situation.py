@@ -93,7 +93,7 @@ class Home:
                 warnings.warn(
                     f"{each.name} was left out: by {each.gauge.metric} the model is there what the circuit without "
                     "edges is.",
-                    stacklevel=3,
+                    stacklevel=5,  # whoever called `Circuit.check` or `td.density`
                 )
         own = replace(self.ground, name=f"own: {self.ground.conditions.ablation} ablation")
         return [own, *(each for each in found if each.gauge.tells)]
@@ -186,25 +186,26 @@ class Home:
 
     def _drawn(self, text: str) -> list[str]:
         """Prompts in which each name and noun stands for another one, that is as many tokens long; at most two."""
-        random, found = Random(f"swap {self.seed}"), []
+        random, found, ends = Random(f"swap {self.seed}"), [], self._ends(text)
+
+        def fits(swaps: Mapping[str, str]) -> bool:
+            other = _with_words(text, swaps)
+            return len(self._ids(other)) == ends[-1] and self._ends(other) == ends
+
         for _ in range(10 * _N_SWAPS):
             swaps: dict[str, str] = {}
             for word in dict.fromkeys(_WORD.findall(text)):
                 others = sorted(set().union(*[kind for kind in WORDS if word in kind][:1]) - {word, *swaps.values()})
                 random.shuffle(others)
-                fitting = (other for other in others if self._fits(text, {word: other}))
+                fitting = (other for other in others if fits({word: other}))
                 if (other := next(fitting, None)) is not None:
                     swaps[word] = other
             other = _with_words(text, swaps)
-            if swaps and other not in found and self._fits(text, swaps):
+            if swaps and other not in found and fits(swaps):
                 found.append(other)
             if not swaps or len(found) == _N_SWAPS:
                 break
         return found
-
-    def _fits(self, text: str, swaps: Mapping[str, str]) -> bool:
-        other = _with_words(text, swaps)
-        return len(self._ids(other)) == len(self._ids(text)) and self._ends(other) == self._ends(text)
 
     def _ends(self, text: str) -> list[int]:
         """How many tokens there are up to the end of each word, and in all."""
