@@ -14,14 +14,17 @@ from torch import Tensor
 from tracedensity.graph.circuit import Circuit
 from tracedensity.graph.token import TokenGraph
 from tracedensity.plot.theme import (
+    BAND,
     COLOURS,
     FAINT,
     INK,
     MUTED,
-    TEMPLATE,
-    heading,
+    PAPER,
+    Theme,
+    finished,
     label,
     percent,
+    plain,
     quoted,
     shortened,
     token,
@@ -77,7 +80,7 @@ def plot_circuit(circuit: Circuit, *, prediction: str | None = None) -> go.Figur
     if n_links > MAX_LINKS:
         linked[:, :-1] = False
         remark = f"only heads into the last token are drawn: all {n_links:,} lines would be too many"
-    figure = go.Figure(layout={"template": TEMPLATE})
+    figure = go.Figure()
     _add_skips(figure, sheet, kept, detailed)
     _add_heads(figure, sheet, _head_links(kept["head"], linked))
     _add_mlps(figure, sheet, kept, detailed)
@@ -242,11 +245,11 @@ def _add_states(figure: go.Figure, sheet: _Sheet, touched: Bool[ndarray, "row po
 
 
 def _add_prediction(figure: go.Figure, sheet: _Sheet, prediction: str | None) -> None:
-    text = "prediction" if prediction is None else quoted(prediction, 20)
+    text = "prediction" if prediction is None else label(quoted(prediction, 20))
     figure.add_scatter(
         x=[sheet.graph.n_pos - 1], y=[sheet.top], mode="markers+text", text=[f"<b>{text}</b>"],
         textposition="top left", cliponaxis=False,
-        marker={"color": "white", "size": 10, "line": {"color": INK, "width": 2}},
+        marker={"color": PAPER, "size": 10, "line": {"color": INK, "width": 2}},
         name="prediction", showlegend=False, hovertemplate="%{text}<extra></extra>",
     )  # fmt: skip
 
@@ -283,20 +286,17 @@ def _add_frame(figure: go.Figure, sheet: _Sheet, circuit: Circuit, read: Bool[nd
         for pos, name in zip(named, names, strict=True)
     ]
     for layer in range(0, n_layers, 2):
-        figure.add_hrect(rows * layer, rows * (layer + 1), fillcolor="#F6F6F6", line_width=0, layer="below")
+        figure.add_hrect(rows * layer, rows * (layer + 1), fillcolor=BAND, line_width=0, layer="below")
     measured = "not run" if circuit.faithfulness is None else f"faithfulness {circuit.faithfulness:.3f}"
     conditions = ["all skips kept when run"] * circuit.keep_residual
     conditions += ["absent attention edges not ablated"] * (circuit.attention == "open")
     about = [
         quoted(circuit.provenance.prompt),
-        f"{label(circuit.provenance.method)} on {label(circuit.provenance.model)}",
+        f"{plain(circuit.provenance.method)} on {plain(circuit.provenance.model)}",
         *conditions,
     ]
     size = f"{circuit.n_edges:,} of {circuit.graph.n_edges:,} edges ({percent(circuit.fraction)})"
     figure.update_layout(
-        title=heading(f"Circuit of {size}, {measured}", " · ".join(about) + f"<br>{remark}" * bool(remark)),
-        height=220 + max(240, min(36 * sheet.top, 600), 11 * sheet.top),
-        margin={"t": 112 if remark else 96},
         legend={"itemsizing": "trace"},
         xaxis={
             "range": [-0.6, n_pos - 0.4],
@@ -318,6 +318,8 @@ def _add_frame(figure: go.Figure, sheet: _Sheet, circuit: Circuit, read: Bool[nd
             "title": {"text": "layer (attention, then MLP)" if rows == 2 else "layer"},
         },
     )
+    finished(figure, f"Circuit of {size}, {measured}", about, remark=remark, below=80,
+        plot_height=max(240, min(36 * sheet.top, 600), 11 * sheet.top))
 
 
 def _corners(xs: list[ndarray], ys: list[ndarray]) -> Float[ndarray, "axis corner"]:

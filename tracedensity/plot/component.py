@@ -12,16 +12,21 @@ from tracedensity.graph import flatten, pruned, unflatten
 from tracedensity.graph.circuit import Circuit
 from tracedensity.graph.component import ComponentGraph
 from tracedensity.plot.theme import (
+    BAND,
     COLOURS,
+    DEAD,
     FAINT,
     INK,
     MUTED,
-    TEMPLATE,
-    heading,
+    PAPER,
+    WIDTHS,
+    Theme,
+    finished,
     label,
     percent,
-    shortened,
-    visible,
+    plain,
+    quoted,
+    rounded,
 )  # fmt: skip
 from tracedensity.score import Scores
 
@@ -31,15 +36,10 @@ MAX_LINES = 4_000
 _READ_AS = {  # what the legend says, colour, and at which side of its node an edge enters
     "q": ("read as query", COLOURS["head"], -1),
     "k": ("read as key", COLOURS["inverse"], 0),
-    "v": ("read as value", "#CC79A7", 1),  # purple of the same palette
+    "v": ("read as value", COLOURS["published"], 1),
     "mlp": ("read by MLP", COLOURS["mlp"], 0),
     "logits": ("read by logits", COLOURS["circuit"], 0),
 }
-
-_DEAD = "#C4C4C4"  # what is on no path
-
-_WIDTHS = ((0.0, 1.0), (0.05, 1.8), (0.2, 3.2), (0.5, 5.0))
-"""How wide (px) lines are from which share of the strongest score on."""
 
 _MANY = 1_000  # lines that need not be drawn smoothly
 _COLUMNS = 12  # across; more only where a row has more heads, so that nodes look alike in all figures
@@ -48,7 +48,9 @@ _ASIDE = 0.11  # columns by which queries and values enter beside keys
 _BESIDE = 5.0  # px between lines of the same two nodes where they run flat
 
 
-def plot_component(circuit: Circuit, *, scores: Scores | None = None) -> go.Figure:
+def plot_component(
+    circuit: Circuit, *, scores: Scores | None = None, theme: Theme | str = "light"
+) -> go.Figure:
     """A circuit on the component graph: its heads and MLPs as nodes, its edges as lines up the layers.
 
     The embedding is at the bottom, the logits at the top. Each layer has a row of the heads that are in the circuit,
@@ -67,6 +69,7 @@ def plot_component(circuit: Circuit, *, scores: Scores | None = None) -> go.Figu
         circuit: What to draw; a loaded one will do, no model is run.
         scores: Scores of the same edges: the more important an edge, the wider its line. Edges that are one line
             have the score of the most important one.
+        theme: "light" or "dark".
 
     Raises:
         ValueError: If the circuit is not one of a component graph, or scores are of another graph or not finite.
@@ -85,14 +88,13 @@ def plot_component(circuit: Circuit, *, scores: Scores | None = None) -> go.Figu
         which = "edges nearest to the logits" if scores is None else "strongest edges"
         remark = f"only the {MAX_LINES:,} {which} are drawn: all {len(lines.source):,} lines would be too many"
     sheet = _Sheet.of(circuit.graph, nodes, lines)
-    figure = go.Figure(layout={"template": TEMPLATE})
+    figure = go.Figure()
     _add_lines(figure, sheet, drawn)
     _add_links(figure, sheet)
     _add_scale(figure, drawn)
     _add_touch(figure, sheet, drawn)
     _add_nodes(figure, sheet, lines)
-    _add_frame(figure, sheet, circuit, remark)
-    return figure
+    return _framed(figure, sheet, circuit, remark, theme)
 
 
 # -- what there is to draw -------------------------------------------------------------------------
@@ -233,10 +235,10 @@ class _Lines:
 
     @property
     def widths(self) -> Int[ndarray, " line"]:
-        """Which of `_WIDTHS` each line has."""
+        """Which of `WIDTHS` each line has."""
         if self.score is None or self.strongest <= 0:
             return np.zeros_like(self.source)
-        return np.searchsorted([share for share, _ in _WIDTHS[1:]], self.importance / self.strongest, side="right")
+        return np.searchsorted([share for share, _ in WIDTHS[1:]], self.importance / self.strongest, side="right")
 
     def at(self, chosen: Int[ndarray, " chosen"]) -> "_Lines":
         return _Lines(
@@ -393,10 +395,10 @@ def _add_lines(figure: go.Figure, sheet: _Sheet, lines: _Lines) -> None:
             line = {"color": colour, "width": width, "simplify": n_lines >= _MANY}
             figure.add_trace(_line(x[chosen], y[chosen], name, line, opacity=opacity, showlegend=False))
 
-    add(~lines.alive, "on no path", _DEAD, 1.2 * ink**0.5, ink**0.5)
+    add(~lines.alive, "on no path", DEAD, 1.2 * ink**0.5, ink**0.5)
     wide = lines.widths
     # Many thin lines are thinner still, so that the strong ones stand out.
-    widths = [2.2 * ink**0.8] if lines.score is None else [w * (ink**0.6 if w < 2 else 1.0) for _, w in _WIDTHS]
+    widths = [2.2 * ink**0.8] if lines.score is None else [w * (ink**0.6 if w < 2 else 1.0) for _, w in WIDTHS]
     for place, width in enumerate(widths):
         for kind, (name, colour, _) in enumerate(_READ_AS.values()):
             chosen = lines.alive & (wide == place) & (lines.read_as == kind)
@@ -405,7 +407,7 @@ def _add_lines(figure: go.Figure, sheet: _Sheet, lines: _Lines) -> None:
         if (lines.alive & (lines.read_as == kind)).any():
             figure.add_trace(_in_legend(name, colour, 3.0))
     if not lines.alive.all():
-        figure.add_trace(_in_legend("on no path", _DEAD, 3.0))
+        figure.add_trace(_in_legend("on no path", DEAD, 3.0))
 
 
 def _add_links(figure: go.Figure, sheet: _Sheet) -> None:
@@ -413,7 +415,7 @@ def _add_links(figure: go.Figure, sheet: _Sheet) -> None:
     group, head = sheet.nodes.links[:, sheet.shown[sheet.nodes.links].all(0)]
     if len(group):
         x, y = sheet.curves(group, head, np.zeros_like(group))
-        figure.add_trace(_line(x, y, "shared keys, values", {"color": "#9A9A9A", "width": 1.0, "dash": "2px,2px"}))
+        figure.add_trace(_line(x, y, "shared keys, values", {"color": MUTED, "width": 1.0, "dash": "2px,2px"}))
 
 
 def _add_scale(figure: go.Figure, lines: _Lines) -> None:
@@ -422,9 +424,9 @@ def _add_scale(figure: go.Figure, lines: _Lines) -> None:
         return
     what = "|score| " if lines.signed else "score "
     for place in np.unique(lines.widths).tolist():
-        bound = _WIDTHS[max(place, 1)][0] * lines.strongest
-        name = f"{what}{'≥' if place else '<'} {float(f'{bound:.2g}'):g}"  # two digits, no power of ten for hundreds
-        figure.add_trace(_in_legend(name, MUTED, _WIDTHS[place][1]))
+        bound = WIDTHS[max(place, 1)][0] * lines.strongest
+        name = f"{what}{'≥' if place else '<'} {rounded(bound)}"
+        figure.add_trace(_in_legend(name, MUTED, WIDTHS[place][1]))
         what = ""
 
 
@@ -457,9 +459,9 @@ def _add_nodes(figure: go.Figure, sheet: _Sheet, lines: _Lines) -> None:
         marker={
             "symbol": np.where(row == "mlp", "square", "circle"),
             "size": [sizes[name] for name in row.tolist()],
-            "color": np.where(row == "ends", INK, np.where(row == "kv", FAINT, "white")),
+            "color": np.where(row == "ends", INK, np.where(row == "kv", FAINT, PAPER)),
             "opacity": 1.0,
-            "line": {"color": np.where(alive, np.where(row == "kv", MUTED, INK), _DEAD), "width": 1.2},
+            "line": {"color": np.where(alive, np.where(row == "kv", MUTED, INK), DEAD), "width": 1.2},
         },
         cliponaxis=False,
         customdata=_about_nodes(sheet, lines, shown),
@@ -502,20 +504,13 @@ def _about_nodes(sheet: _Sheet, lines: _Lines, shown: Int[ndarray, " shown"], mo
     return texts
 
 
-def _add_frame(figure: go.Figure, sheet: _Sheet, circuit: Circuit, remark: str) -> None:
+def _framed(figure: go.Figure, sheet: _Sheet, circuit: Circuit, remark: str, theme: Theme | str) -> go.Figure:
     n_layers = sheet.graph.n_layers
     for layer in range(0, n_layers, 2):
-        figure.add_hrect(layer, layer + 1, fillcolor="#F6F6F6", line_width=0, layer="below")
+        figure.add_hrect(layer, layer + 1, fillcolor=BAND, line_width=0, layer="below")
     measured = "not run" if circuit.faithfulness is None else f"faithfulness {circuit.faithfulness:.3f}"
     size = f"{circuit.n_edges:,} of {circuit.graph.n_edges:,} edges ({percent(circuit.fraction)})"
-    about = [*_about(circuit), *[remark] * bool(remark)]
-    n_entries = len(list(figure.select_traces({"showlegend": True})))
-    below = 28 + 22 * -(-n_entries // 3)  # three in a row of a narrow window
-    above = 84 + 16 * len(about)
     figure.update_layout(
-        title=heading(f"Circuit of {size}, {measured}", "<br>".join(about)),
-        height=above + below + sheet.layer_height * (n_layers + 1.2),
-        margin={"t": above, "b": below},
         legend={"itemsizing": "trace"},
         xaxis={"range": [-0.3, sheet.columns + (2.2 if sheet.graph.has_mlp else 0.3)], "visible": False},
         yaxis={
@@ -527,26 +522,22 @@ def _add_frame(figure: go.Figure, sheet: _Sheet, circuit: Circuit, remark: str) 
             "title": {"text": "layer"},
         },
     )
+    return finished(
+        figure, f"Circuit of {size}, {measured}", _about(circuit), remark=remark, theme=theme, below=8,
+        plot_height=sheet.layer_height * (n_layers + 1.2),
+    )  # fmt: skip
 
 
-def _about(circuit: Circuit, length: int = 92) -> list[str]:
-    """What the circuit was chosen for, on lines that fit a narrow window."""
+def _about(circuit: Circuit) -> list[str]:
+    """What the circuit was chosen for."""
     about = circuit.provenance
-    asked = f"'{shortened(visible(about.prompt), 50)}'"
+    asked = quoted(about.prompt)
     if (task := about.named_task) is not None:
         unit = "prompt" if task.corrupted is None else "pair"
-        asked = f"{shortened(visible(task.name), 40)} ({len(task):,} {unit}{'s' * (len(task) != 1)})"
+        asked = f"{plain(task.name)} ({len(task):,} {unit}{'s' * (len(task) != 1)})"
     metric = about.metric if circuit.faithfulness is None else circuit.metric
-    conditions = f"{shortened(visible(circuit.ablation), 40)} ablation"
-    if metric:
-        conditions += f" · metric {shortened(visible(metric), 40)}"
-    parts = [f"{shortened(visible(about.method), 40)} on {shortened(visible(about.model), 40)}", asked, conditions]
-    written = [""]
-    for part in parts:
-        if written[-1] and len(written[-1]) + len(part) > length:
-            written.append("")
-        written[-1] += " · " * bool(written[-1]) + part
-    return [label(line) for line in written]
+    parts = [f"{plain(about.method)} on {plain(about.model)}", asked, f"{plain(circuit.ablation)} ablation"]
+    return [*parts, *[f"metric {plain(metric)}"] * bool(metric)]
 
 
 def _line(

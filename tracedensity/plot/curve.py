@@ -8,7 +8,7 @@ import torch
 
 from tracedensity.curve import DensityCurve, Points
 from tracedensity.graph.component import ComponentGraph
-from tracedensity.plot.theme import COLOURS, FAINT, MUTED, TEMPLATE, heading, label, percent, quoted
+from tracedensity.plot.theme import COLOURS, FAINT, MUTED, Theme, finished, label, percent, plain, quoted
 from tracedensity.tight import TightCurve
 
 EMPTY = 0.5
@@ -23,7 +23,7 @@ _MEASURES = {
 }
 
 
-def plot_curve(curve: DensityCurve) -> go.Figure:
+def plot_curve(curve: DensityCurve, *, theme: Theme | str = "light") -> go.Figure:
     """Faithfulness over circuit size, the minimal size at each threshold, and the baselines.
 
     Sizes are on a logarithmic axis, as numbers of edges below and as shares of all edges above. The empty
@@ -32,11 +32,12 @@ def plot_curve(curve: DensityCurve) -> go.Figure:
 
     Args:
         curve: What to draw; a loaded one will do, no model is run.
+        theme: "light" or "dark".
     """
-    figure = go.Figure(layout={"template": TEMPLATE})
+    figure = go.Figure()
     skips = "" if isinstance(curve.ranking.graph, ComponentGraph) else ", all skips kept"
     for name, points, dash, of, text in (
-        ("random", curve.random, "dash", "size", f"random: connected{skips}"),
+        ("random", curve.random, "dash", "size", f"random, connected{skips}"),
         ("inverse", curve.inverse, "dot", "edges left out", f"inverse: all but the circuit{skips}"),
     ):
         if points is not None:
@@ -45,7 +46,7 @@ def plot_curve(curve: DensityCurve) -> go.Figure:
     if isinstance(curve, TightCurve):
         ranked = curve.published.provenance.method, curve.published.ranking.family
         line = {"color": COLOURS["published"], "width": 1.5}
-        text = f"published estimator: {', '.join(map(label, ranked))}"
+        text = f"published: {', '.join(label(plain(each, 20)) for each in ranked)}"
         figure.add_traces(_lines(curve.published, curve.n_edges, text, "size", line, size=4))
     if curve.robust is not None:
         line = {"color": COLOURS["circuit"], "width": 1.5, "dash": "dashdot"}
@@ -59,7 +60,8 @@ def plot_curve(curve: DensityCurve) -> go.Figure:
     figure.add_traces(_lines(curve, curve.n_edges, text, "size", line, size=5))
     _add_thresholds(figure, curve)
     _add_axes(figure, curve)
-    return figure
+    title, about = _said(curve)
+    return finished(figure, title, about, plot_height=360, theme=theme, above=52, right=132)
 
 
 def _lines(points: Points, n_edges: int, name: str, of: str, line: dict[str, Any], size: int) -> list[go.Scatter]:
@@ -85,7 +87,7 @@ def _add_thresholds(figure: go.Figure, curve: DensityCurve) -> None:
     stable = [curve.minimal_size(threshold, stable=True) for threshold in curve.thresholds]
     heights = _apart(curve.thresholds)
     figure.add_annotation(
-        x=1, xref="paper", xanchor="left", xshift=6, y=1, yref="paper", yanchor="bottom", showarrow=False,
+        x=1, xref="paper", xanchor="left", xshift=20, y=1, yref="paper", yanchor="bottom", showarrow=False,
         text="minimal size", font={"size": 11, "color": MUTED},
     )  # fmt: skip
     for threshold, height, size, later in zip(curve.thresholds, heights, first, stable, strict=True):
@@ -102,8 +104,8 @@ def _add_thresholds(figure: go.Figure, curve: DensityCurve) -> None:
     differs = [i for i in range(len(first)) if stable[i] != first[i]]
     for name, symbol, axis, sizes, which in (
         # on the second axis, because an axis without a trace is not drawn
-        ("minimal: the first circuit to reach a threshold", "circle", "x2", first, range(len(first))),
-        ("stable: all larger circuits reach it too", "circle-open", "x", stable, differs),
+        ("minimal: first to reach a threshold", "circle", "x2", first, range(len(first))),
+        ("stable: all larger ones reach it too", "circle-open", "x", stable, differs),
     ):
         figure.add_scatter(
             x=[max(sizes[i], EMPTY) for i in which],
@@ -150,31 +152,8 @@ def _add_axes(figure: go.Figure, curve: DensityCurve) -> None:
     limits = np.log10([low, curve.n_edges * 1.15]).tolist()
     shares = 10.0 ** np.arange(-int(np.log10(curve.n_edges)), 1)  # from one edge up to all
     measure = _MEASURES.get(curve.metric, label(curve.metric))
-    tight = isinstance(curve, TightCurve)
-    conditions = ["all skips kept"] * curve.conditions.keep_residual
-    conditions += ["absent attention edges not ablated"] * (curve.conditions.attention == "open")
-    task = curve.provenance.named_task
-    if curve.full is None or curve.empty is None:
-        found = f"p = {curve.top_probability:.2f}, entropy {curve.entropy:.2f} nats"
-    else:
-        found = f"{label(curve.metric)} {float(curve.full.mean()):.2f}, ablated {float(curve.empty.mean()):.2f}"
-    if task is not None:
-        title = f"{label(task.name)}: {len(task)} {'pair' if len(task) == 1 else 'pairs'}"
-    else:
-        title = f"{quoted(curve.top_text, 20)} after {quoted(curve.provenance.prompt)}"
     reached = torch.cat([points.faithfulness.double() for points in shown])
-    about = [
-        label(curve.provenance.model),
-        *([] if tight else [f"edges by {label(curve.provenance.method)}, {label(curve.ranking.family)}"]),
-        f"{curve.n_edges:,} edges",
-        found,
-        *([] if curve.conditions.ablation == "zero" else [f"{label(curve.conditions.ablation)} ablation"]),
-        *conditions,
-    ]
     figure.update_layout(
-        title=heading(title, " · ".join(about)),
-        height=600,
-        margin={"t": 136, "r": 136},
         xaxis={
             "type": "log",
             "range": limits,
@@ -199,3 +178,26 @@ def _add_axes(figure: go.Figure, curve: DensityCurve) -> None:
             "title": {"text": f"faithfulness ({measure})"},
         },
     )
+
+
+def _said(curve: DensityCurve) -> tuple[str, list[str]]:
+    """What is predicted from what, and how edges were ranked and circuits run."""
+    task = curve.provenance.named_task
+    if task is not None:
+        title = f"{plain(task.name)}: {len(task)} {'pair' if len(task) == 1 else 'pairs'}"
+    else:
+        title = f"{quoted(curve.top_text, 20)} after {quoted(curve.provenance.prompt)}"
+    if curve.full is None or curve.empty is None:
+        found = f"p = {curve.top_probability:.2f}, entropy {curve.entropy:.2f} nats"
+    else:
+        found = f"{plain(curve.metric)} {float(curve.full.mean()):.2f}, ablated {float(curve.empty.mean()):.2f}"
+    ranked = [] if isinstance(curve, TightCurve) else [curve.provenance.method, curve.ranking.family]
+    return title, [
+        plain(curve.provenance.model),
+        *([f"edges by {', '.join(map(plain, ranked))}"] if ranked else []),
+        f"{curve.n_edges:,} edges",
+        found,
+        *([] if curve.conditions.ablation == "zero" else [f"{plain(curve.conditions.ablation)} ablation"]),
+        *(["all skips kept"] * curve.conditions.keep_residual),
+        *(["absent attention edges not ablated"] * (curve.conditions.attention == "open")),
+    ]

@@ -1,9 +1,15 @@
-"""The look of all figures: one template, the colours, and how text of prompts and tokens is written."""
+"""The look of all figures: one template, the colours in light and dark, and how text of prompts and tokens is written."""
 
 import html
+import re
+import textwrap
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import plotly.graph_objects as go
+
+Theme: TypeAlias = Literal["light", "dark"]
 
 # Okabe and Ito's palette, which people with any common form of colour blindness can tell apart.
 COLOURS = {
@@ -15,8 +21,41 @@ COLOURS = {
     "random": "#E69F00",
     "inverse": "#009E73",
 }
-INK, MUTED, FAINT = "#1A1A1A", "#767676", "#EBEBEB"
+INK, MUTED, FAINT, BAND, DEAD, PAPER = "#1A1A1A", "#767676", "#EBEBEB", "#F6F6F6", "#C4C4C4", "#FFFFFF"
 FONT = "Inter, 'Helvetica Neue', Helvetica, Arial, 'DejaVu Sans', sans-serif"
+
+SEQUENTIAL = ("#F3F6FA", "#BFD7EA", "#7FB2D6", "#2F7FB8", "#08406B")
+"""From nothing to much; the order is that of lightness."""
+
+DIVERGING = ("#004B78", "#6FA8D0", "#F2F2F2", "#EBA36B", "#9E4500")
+"""From the first to the second of two things that are compared."""
+
+DARK = {
+    PAPER: "#15171B",
+    INK: "#E6E6E6",
+    MUTED: "#9CA3AB",
+    FAINT: "#333840",
+    BAND: "#1C1F25",
+    DEAD: "#4B515A",
+    COLOURS["head"]: "#56B4E9",
+    COLOURS["mlp"]: "#F28C3C",
+    COLOURS["published"]: "#E5A3C8",
+    COLOURS["residual"]: "#7D848C",
+    COLOURS["random"]: "#F2BE4A",
+    COLOURS["inverse"]: "#2FBF94",
+    **dict(zip(SEQUENTIAL, ("#20262E", "#24496A", "#2F75A8", "#5FA8DC", "#CDE6FA"), strict=True)),
+    **dict(zip(DIVERGING, ("#7CC4F5", "#2F6A93", "#24272D", "#96562A", "#FFB070"), strict=True)),
+}
+"""What each colour of a light figure is in a dark one. Figures are made light, with these colours and no others."""
+
+WIDTHS = ((0.0, 1.0), (0.05, 1.8), (0.2, 3.2), (0.5, 5.0))
+"""How wide (px) lines are from which share of the strongest score on."""
+
+NARROW = 400
+"""Width (px) in which titles and legends fit; labels of many tokens need more, see `finished`."""
+
+TOOLBAR = 28  # px above the title, where plotly's tool bar appears
+_TITLE_LINE, _SUBTITLE_LINE, _LEGEND_LINE = 20, 15, 20  # px
 
 _AXIS = {
     "showgrid": False,
@@ -34,32 +73,144 @@ _AXIS = {
 TEMPLATE = go.layout.Template(
     layout={
         "font": {"family": FONT, "size": 12, "color": INK},
-        "paper_bgcolor": "white",
-        "plot_bgcolor": "white",
+        "paper_bgcolor": PAPER,
+        "plot_bgcolor": PAPER,
         "title": {
             "x": 0,
             "xref": "container",
             "y": 1,
             "yref": "container",
             "yanchor": "top",
-            "pad": {"l": 16, "t": 28},  # below the tool bar
+            "pad": {"l": 16, "t": TOOLBAR},
             "xanchor": "left",
-            "font": {"size": 16},
-            "subtitle": {"font": {"size": 12, "color": MUTED}},
+            "font": {"size": 15},
+            "subtitle": {"font": {"size": 11, "color": MUTED}},
         },
-        "margin": {"l": 64, "r": 24, "t": 96, "b": 108},
         "hovermode": "closest",
-        "hoverlabel": {"align": "left", "bgcolor": "white", "font": {"family": FONT, "size": 12, "color": INK}},
-        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "yref": "container", "y": 0, "yanchor": "bottom"},
+        "hoverlabel": {
+            "align": "left",
+            "bgcolor": PAPER,
+            "bordercolor": MUTED,
+            "font": {"family": FONT, "size": 12, "color": INK},
+        },
+        "legend": {
+            "orientation": "h", "x": 0, "xanchor": "left", "yref": "paper", "yanchor": "top", "font": {"size": 11},
+            "tracegroupgap": 0,
+        },
+        "modebar": {"bgcolor": PAPER, "color": MUTED, "activecolor": INK},
         "xaxis": _AXIS,
         "yaxis": _AXIS,
     }
-)
+)  # fmt: skip
 
 
-def heading(title: str, subtitle: str) -> dict[str, object]:
-    """A figure's title; both lines are plain text, except for ``<br>``, and must have been through `label`."""
-    return {"text": title, "subtitle": {"text": subtitle}}
+def colour_bar(title: str, **options: Any) -> dict[str, Any]:
+    """A colour bar at the right, as tall as the plot."""
+    return {
+        "title": {"text": title, "side": "right", "font": {"size": 12}},
+        "thickness": 12,
+        "outlinewidth": 0,
+        "ticks": "outside",
+        "ticklen": 3,
+        "tickcolor": MUTED,
+        "xpad": 6,
+        **options,
+    }
+
+
+def colour_scale(colours: Sequence[str]) -> list[list[Any]]:
+    """Colours at equal distances, as plotly takes a scale."""
+    return [[place / (len(colours) - 1), colour] for place, colour in enumerate(colours)]
+
+
+def finished(
+    figure: go.Figure,
+    title: str,
+    about: Sequence[str],
+    *,
+    plot_height: float,
+    theme: Theme | str = "light",
+    remark: str = "",
+    above: float = 0,
+    below: float = 56,
+    left: float = 64,
+    right: float = 24,
+    min_width: float = NARROW,
+) -> go.Figure:
+    """A figure with its title, its legend, and margins in which both fit however narrow it is.
+
+    Args:
+        figure: What is drawn; its legend stands below the axis.
+        title: First line, plain text.
+        about: Parts of the second line, plain text; as many lines as they need.
+        plot_height: Height of the part between the axes (px).
+        theme: "light" or "dark".
+        remark: A sentence below these lines: what is not drawn.
+        above: Room for what stands between title and plot (px).
+        below: Room for what stands between plot and legend (px): ticks, a title of the axis, a slider.
+        left: Room at the left.
+        right: Room at the right.
+        min_width: Width (px) below which labels would overlap. Where that is more than `NARROW`, the figure has this
+            width, and a page or notebook that is narrower scrolls.
+
+    Raises:
+        ValueError: If there is no such theme.
+    """
+    if theme not in ("light", "dark"):
+        raise ValueError(f"`theme` must be 'light' or 'dark', got {theme!r}.")
+    titles, subtitles = _wrapped([title], 44), [*_wrapped(about, 60), *textwrap.wrap(remark, 60)]
+    top = TOOLBAR + _TITLE_LINE * len(titles) + _SUBTITLE_LINE * len(subtitles) + 20 + above
+    names = [trace.name or "" for trace in figure.data if trace.showlegend is not False and trace.visible is not False]
+    columns = max(1, int((NARROW - 24) / (44 + 6 * max(map(len, names), default=0))))
+    bottom = below + _LEGEND_LINE * -(-len(names) // columns) + 8 * bool(names)
+    figure.update_layout(
+        template=TEMPLATE,
+        title={"text": _written(titles), "subtitle": {"text": _written(subtitles)}},
+        height=round(plot_height + top + bottom),
+        width=min_width if min_width > NARROW else None,
+        margin={"t": top, "b": bottom, "l": left, "r": right},
+        legend={"y": -below / plot_height},
+        meta={"min_width": min_width},
+    )
+    return figure if theme == "light" else dark(figure)
+
+
+def dark(figure: go.Figure) -> go.Figure:
+    """The same figure on a dark ground: every colour replaced by its counterpart."""
+    drawn = [_recoloured(trace.to_plotly_json()) for trace in figure.data]
+    return go.Figure(drawn, _recoloured(figure.layout.to_plotly_json()))
+
+
+_IN_TEXT = re.compile(r'(?<=<span style="color:)#[0-9A-F]{6}(?=">)')  # text of prompts has no "<"
+
+
+def _recoloured(value: Any, key: str = "") -> Any:
+    if isinstance(value, dict):
+        return {name: _recoloured(part, name) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_recoloured(part, key) for part in value]
+    if isinstance(value, np.ndarray) and value.dtype.kind in "OU":
+        return np.array([_recoloured(part, key) for part in value.tolist()], dtype=object)
+    if not isinstance(value, str):
+        return value
+    if key.endswith(("color", "colorscale")):
+        return DARK.get(value, value)
+    return _IN_TEXT.sub(lambda found: DARK.get(found[0], found[0]), value)
+
+
+def _wrapped(parts: Sequence[str], length: int) -> list[str]:
+    """Parts on lines of at most so many characters, broken between parts where that is possible."""
+    lines: list[str] = []
+    for part in filter(None, parts):
+        if lines and len(lines[-1]) + 3 + len(part) <= length:
+            lines[-1] += " · " + part
+        else:
+            lines += textwrap.wrap(part, length)
+    return lines
+
+
+def _written(lines: Sequence[str]) -> str:
+    return "<br>".join(map(label, lines))
 
 
 def visible(text: str) -> str:
@@ -74,8 +225,13 @@ def token(text: str, length: int = 14) -> str:
 
 
 def quoted(text: str, length: int = 50) -> str:
-    """Text in quotation marks on one line, shortened in the middle."""
-    return f"'{label(shortened(visible(text), length))}'"
+    """Text in quotation marks on one line, shortened in the middle; plain, still to be a `label`."""
+    return f"'{shortened(visible(text), length)}'"
+
+
+def plain(text: str, length: int = 40) -> str:
+    """Text of a user's on one line, shortened in the middle; still to be a `label`."""
+    return shortened(visible(text), length)
 
 
 def shortened(text: str, length: int) -> str:
@@ -97,3 +253,8 @@ def label(text: str) -> str:
 def percent(share: float) -> str:
     """A share in per cent with three digits, never in powers of ten."""
     return np.format_float_positional(100 * share, precision=3, fractional=False, trim="-") + "%"
+
+
+def rounded(value: float, digits: int = 2) -> str:
+    """A number with few digits, and no power of ten for hundreds."""
+    return f"{float(f'{value:.{digits}g}'):g}"
