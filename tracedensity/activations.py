@@ -1,5 +1,6 @@
 """Activations: what each head, neuron and sublayer of a model holds while it reads one prompt."""
 
+import html
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,9 @@ from tracedensity.model import Prompt, Site, Transformer, as_transformer
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from pandas import DataFrame
+    from plotly.graph_objects import Figure
+
+    from tracedensity.plot import Theme
 
 Quantity: TypeAlias = Literal[
     "resid_pre", "pattern", "value", "z", "attn_out", "resid_mid", "pre", "post", "mlp_out", "resid_post"
@@ -296,6 +300,21 @@ class Activations:
         frame.insert(2, "name", [head_name(*pair) for pair in zip(frame["layer"], frame["head"], strict=True)])
         return frame
 
+    def plot(self, heads: str | Sequence[str] | None = None, *, n: int = 6, theme: "Theme | str" = "light") -> "Figure":
+        """Attention patterns of some heads, by default of those that write most: see `plot_attention`."""
+        from tracedensity.plot import plot_attention
+
+        return plot_attention(self, heads, n=n, theme=theme)
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{name}</td><td>{_AXES[name]}</td><td>{' × '.join(map(str, values.shape))}</td>"
+            f"<td>{str(values.dtype).removeprefix('torch.')}</td></tr>"
+            for name, values in self.values.items()
+        )
+        head = "".join(f"<th>{name}</th>" for name in ("quantity", "axes", "shape", "dtype"))
+        return f"<p>{html.escape(repr(self))}</p><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
     # -- how -------------------------------------------------------------------------------------
 
     def _held(self, quantity: Quantity) -> Float[Tensor, "layer ..."]:
@@ -510,7 +529,25 @@ class Top:
     def __repr__(self) -> str:
         width = max(map(len, self.names))
         lines = [f"  {name:{width}}  {norm:.4g}" for name, norm in zip(self.names, self.norm.tolist(), strict=True)]
-        return "\n".join([f"{self.kind} that write most at position {self.position} {self.token!r} (L2 norm):", *lines])
+        return "\n".join([self._about, *lines])
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{name}</td><td>{norm:.4g}</td></tr>"
+            for name, norm in zip(self.names, self.norm.tolist(), strict=True)
+        )
+        head = f"<tr><th>{self.kind}</th><th>L2 norm</th></tr>"
+        return f"<p>{html.escape(self._about)}</p><table><thead>{head}</thead><tbody>{rows}</tbody></table>"
+
+    @property
+    def _about(self) -> str:
+        return f"{self.kind} that write most at position {self.position} {self.token!r} (L2 norm):"
+
+    def plot(self, *, theme: "Theme | str" = "light") -> "Figure":
+        """Bars, the largest on top."""
+        from tracedensity.plot import plot_top
+
+        return plot_top(self, theme=theme)
 
 
 def capture(

@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from tracedensity.activations import head_name, mlp_name
 from tracedensity.graph import edge_at, flatten, unflatten
 from tracedensity.graph.circuit import Circuit
+from tracedensity.groups import by_head
 from tracedensity.metric import Metric
 
 if TYPE_CHECKING:
@@ -45,22 +47,29 @@ class Completeness:
         )
 
 
-def minimality(model: object, circuit: Circuit, *, metric: Metric | None = None) -> "pd.DataFrame":
-    """What each edge of a circuit is worth: how much less faithful the circuit is without it.
+def minimality(
+    model: object,
+    circuit: Circuit,
+    *,
+    by: Literal["edge", "node"] | str = "edge",
+    metric: Metric | None = None,
+) -> "pd.DataFrame":
+    """What each edge of a circuit, or each head and MLP, is worth: how much less faithful the circuit is without it.
 
-    One run per edge, in batches.
+    One run each, in batches.
 
     Args:
         model: The model that the circuit was found in.
         circuit: The circuit; it is run on its own prompt or task.
+        by: ``"edge"``, or ``"node"``: all edges of a head or MLP at once; on the component graph those that it writes.
         metric: The function that measures it, where it was measured by one of the user's own.
 
     Returns:
-        One row per edge, least needed first: `edge`, `loss` (faithfulness of the circuit minus that without the edge;
+        One row per edge (or `node`, with its `size` in edges), least needed first: `edge`, `loss` (faithfulness of the circuit minus that without the edge;
         the circuit is minimal to this extent if all are positive), `faithfulness` without it.
 
     Raises:
-        ValueError: If `model` is not the one that the circuit was found in, or the metric is not known.
+        ValueError: If `model` is not the one that the circuit was found in, or `by` or the metric is not known.
 
     References:
         Wang et al.: Interpretability in the Wild (arXiv 2211.00593), section on minimality.
@@ -69,14 +78,32 @@ def minimality(model: object, circuit: Circuit, *, metric: Metric | None = None)
 
     flat = flatten(circuit.graph, circuit.kept)
     edges = flat.nonzero()[:, 0]
-    without = [_without(circuit, flat, edge[None]) for edge in edges]
-    reached = _faithfulness(model, [circuit, *without], metric)
+    if by == "edge":
+        units = {edge_at(circuit.graph, int(edge))[1]: edge[None] for edge in edges}
+    elif by == "node":
+        units = _of_nodes(circuit, edges)
+    else:
+        raise ValueError(f"`by` must be 'edge' or 'node', got {by!r}.")
+    reached = _faithfulness(model, [circuit, *(_without(circuit, flat, unit) for unit in units.values())], metric)
     table = pd.DataFrame({
-        "edge": [edge_at(circuit.graph, number)[1] for number in edges.tolist()],
+        by: list(units),
+        **({"size": [len(unit) for unit in units.values()]} if by == "node" else {}),
         "loss": (reached[0] - reached[1:]).tolist(),
         "faithfulness": reached[1:].tolist(),
     })  # fmt: skip
     return table.sort_values("loss", kind="stable", ignore_index=True)
+
+
+def _of_nodes(circuit: Circuit, edges: Int[Tensor, " edge"]) -> dict[str, Int[Tensor, " some"]]:
+    """The edges of each head and MLP that has any."""
+    groups = by_head(circuit.graph)
+    cells = flatten(circuit.graph, groups.cell)[edges]
+    names = [
+        mlp_name(layer) if column == "MLP" else head_name(layer, int(column[1:]))
+        for layer in range(len(groups.rows))
+        for column in groups.columns
+    ]
+    return {names[cell]: edges[cells == cell] for cell in cells.unique().tolist() if cell >= 0}
 
 
 def completeness(

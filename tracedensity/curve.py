@@ -18,10 +18,14 @@ from tracedensity.faithfulness import faithfulness
 from tracedensity.graph.circuit import Circuit
 from tracedensity.provenance import Provenance
 from tracedensity.run import Conditions
+from tracedensity.sparkline import spark_svg, spark_text
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
+
+    from tracedensity.plot import Theme
+    from tracedensity.score import Scores
 
 THRESHOLDS = (0.5, 0.8, 0.9, 0.95, 0.99)
 _ROUNDING = 1e-6  # faithfulness of the whole graph is 1 only up to rounding
@@ -97,6 +101,8 @@ class DensityCurve(Points):
         super().__post_init__()
         if self.sizes[0] < 0 or self.sizes[-1] != self.n_edges:
             raise ValueError(f"`sizes` must be from 0 up to all {self.n_edges} edges, got {self.sizes.tolist()}.")
+
+    _is_envelope = False  # whether the best circuit between two sizes is that of the smaller one
 
     @property
     def provenance(self) -> Provenance:
@@ -319,11 +325,23 @@ class DensityCurve(Points):
 
         save_curve(self, path)
 
-    def plot(self) -> "go.Figure":
+    def plot(self, *, theme: "Theme | str" = "light") -> "go.Figure":
         """Faithfulness over circuit size, with thresholds and baselines."""
         from tracedensity.plot import plot_curve
 
-        return plot_curve(self)
+        return plot_curve(self, theme=theme)
+
+    def plot_circuits(self, scores: "Scores | None" = None, **options: Any) -> "go.Figure":
+        """The circuit of each size under a slider; options are those of `tracedensity.plot.plot_growth`."""
+        from tracedensity.plot import plot_growth
+
+        return plot_growth(self, scores=scores, **options)
+
+    def plot_composition(self, *, theme: "Theme | str" = "light") -> "go.Figure":
+        """What circuits of each size are made of: heads, MLPs, skip connections, and quarters of the layers."""
+        from tracedensity.plot import plot_composition
+
+        return plot_composition(self, theme=theme)
 
     def summary(self) -> str:
         """One line: the prediction or the task, and how much of the graph it needs."""
@@ -339,7 +357,7 @@ class DensityCurve(Points):
         )
 
     def __repr__(self) -> str:
-        lines = [f"DensityCurve: {self.provenance}", self._about, self.summary(), ""]
+        lines = [f"DensityCurve: {self.provenance}", self._about, self.summary(), self._spark_text(), ""]
         pruned = "" if self.pruned_sizes is None else f"{'after pruning':>16}"
         robust = "" if self.robust is None else f"{'robust':>10}"
         lines.append(f"{'faithfulness':>12}{'minimal circuit':>18}{'share':>9}{'stable from':>14}{pruned}{robust}")
@@ -357,8 +375,23 @@ class DensityCurve(Points):
     def _repr_html_(self) -> str:
         return (
             f"<p><b>{type(self).__name__}</b> {html.escape(str(self.provenance))}<br>"
-            f"<code>{html.escape(self._about)}</code><br>{html.escape(self.summary())}</p>{self.html_table()}"
+            f"<code>{html.escape(self._about)}</code><br>{html.escape(self.summary())}</p>"
+            f"{self._spark_svg()}{self.html_table()}"
         )
+
+    def _spark_svg(self) -> str:
+        """The curve in small, without plotly; a logarithmic scale has no 0, so the empty circuit stands at 1/2."""
+        sizes = self.sizes.double().clamp(min=0.5).log10().tolist()
+        title = f"faithfulness of circuits of {int(self.sizes[0]):,} to {self.n_edges:,} edges, log scale"
+        return spark_svg(sizes, self.faithfulness.tolist(), title, steps=self._is_envelope)
+
+    def _spark_text(self, n_bars: int = 24) -> str:
+        """The curve in a line of text: at sizes equally far apart on a logarithmic scale, the circuit of at most so many
+        edges.
+        """
+        sizes = torch.logspace(0, torch.tensor(float(self.n_edges)).log10().item(), n_bars).round().long()
+        points = (torch.searchsorted(self.sizes, sizes, right=True) - 1).clamp(min=0)
+        return f"faithfulness of 1 to {self.n_edges:,} edges  {spark_text(self.faithfulness[points].tolist())}"
 
     def html_table(self) -> str:
         """Minimal sizes as a table of HTML, and what "robust" means if that was asked for."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from operator import index
-from typing import SupportsIndex, get_args
+from typing import TYPE_CHECKING, SupportsIndex, get_args
 
 import numpy as np
 import torch
@@ -15,6 +15,11 @@ from tracedensity.graph import EdgeList, Graph, flatten, pruned, unflatten
 from tracedensity.graph.circuit import Circuit
 from tracedensity.graph.component import ComponentGraph
 from tracedensity.provenance import Provenance
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from tracedensity.plot import Theme
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +72,14 @@ class Ranking:
             raise ValueError(f"`size` must be a number of edges from 0 to {self.n_edges}, got {size}.")
         about = self.provenance
         return Circuit(self.graph, self.kept(size), about, ablation=about.ablation, metric=about.usual_metric)
+
+    def plot(
+        self, *, over: str = "head", minus: "Ranking | None" = None, theme: "Theme | str" = "light"
+    ) -> "go.Figure":
+        """How large a circuit has to be for a head, or a token's state, to be in it: see `plot_heatmap`."""
+        from tracedensity.plot import plot_heatmap
+
+        return plot_heatmap(self, over=over, minus=minus, theme=theme)
 
     def __repr__(self) -> str:
         return f"Ranking({self.family}, {self.n_edges} edges, {self.provenance})"

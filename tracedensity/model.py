@@ -638,6 +638,11 @@ class Transformer:
             float(module.eps),
         )
 
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """The unembedding, in float32 or better (a view where it already is)."""
+        return full_precision(cast(Any, self.model).unembed.W_U.detach())
+
     def W_out(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:
         """What each MLP neuron writes to the residual stream, in float32 or better."""
         weight = getattr(self.model.blocks[layer].mlp, "W_out", None)

@@ -54,6 +54,8 @@ class TightCurve(DensityCurve):
         shared |= {"sizes": sizes, "faithfulness": heights, "values": None, "pruned_sizes": None}
         return cls(**shared, published=published, families=tuple(families), refined=tuple(refined))
 
+    _is_envelope = True
+
     @property
     def passes(self) -> int:
         """What searching has cost, in plain forward passes; 0 if there was no search."""
@@ -114,7 +116,7 @@ class TightCurve(DensityCurve):
         return rows
 
     def __repr__(self) -> str:
-        lines = [f"TightCurve: {self.provenance}", self._about, self.summary(), ""]
+        lines = [f"TightCurve: {self.provenance}", self._about, self.summary(), self._spark_text(), ""]
         robust = "" if self.robust is None else f"{'robust':>10}"
         lines.append(
             f"{'faithfulness':>12}{'minimal circuit':>18}{'share':>9}{'published':>12}{'times':>8}{robust}  known"

@@ -1,5 +1,6 @@
 """Circuits: a choice of edges, and what it was chosen for."""
 
+import html
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from tracedensity.evaluation import Evaluation
     from tracedensity.metric import Metric
+    from tracedensity.plot import Theme
     from tracedensity.score import Scores
     from tracedensity.trust import Check
 
@@ -337,17 +339,26 @@ class Circuit:
 
         save_circuit(self, path)
 
-    def plot(self, scores: "Scores | None" = None) -> "go.Figure":
+    def plot(self, scores: "Scores | None" = None, *, theme: "Theme | str" = "light", **options: Any) -> "go.Figure":
         """The circuit: tokens across and layers up, or on the component graph heads and MLPs, layers up.
 
         Args:
-            scores: Scores of the component graph, by which edges are wider or narrower.
+            scores: Scores of its graph, by which edges are wider or narrower.
+            theme: "light" or "dark".
+            options: On the token graph, those of `tracedensity.plot.plot_circuit`.
         """
         from tracedensity.plot import plot_circuit, plot_component
 
-        return plot_component(self, scores=scores) if isinstance(self.graph, ComponentGraph) else plot_circuit(self)
+        draw = plot_component if isinstance(self.graph, ComponentGraph) else plot_circuit
+        return draw(self, scores=scores, theme=theme, **options)
 
     def __repr__(self) -> str:
         measured = "not run" if self.faithfulness is None else f"faithfulness {self.faithfulness:.3f}"
         known = "" if self.certificate is None else f"; {self.certificate}"
         return f"Circuit({self.n_edges} of {self.graph.n_edges} edges, {measured}, {self.provenance}{known})"
+
+    def _repr_html_(self) -> str:
+        kinds = "".join(f"<th>{html.escape(kind)}</th>" for kind in self.kept)
+        counts = [(n, int(self.graph.exists[kind].sum())) for kind, n in self.composition().items()]
+        cells = "".join(f"<td>{n:,} of {n_all:,}</td>" for n, n_all in counts)
+        return f"<p>{html.escape(repr(self))}</p><table><thead><tr>{kinds}</tr></thead><tbody><tr>{cells}</tr></tbody></table>"

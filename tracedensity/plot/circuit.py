@@ -1,116 +1,238 @@
-"""The figure of a circuit: tokens across, layers up, the kept edges between them."""
+"""The figure of a circuit on the token graph: tokens across, layers up, the kept edges between them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Shaped
 from numpy import ndarray
-from torch import Tensor
 
+from tracedensity.extract import Ranking
+from tracedensity.graph import flatten, unflatten
 from tracedensity.graph.circuit import Circuit
 from tracedensity.graph.token import TokenGraph
+from tracedensity.plot.caption import about, size_of
+from tracedensity.plot.lines import in_legend, joined, touched, width_classes, width_entries
 from tracedensity.plot.theme import (
     BAND,
     COLOURS,
     FAINT,
     INK,
     MUTED,
+    NARROW,
     PAPER,
+    WIDTHS,
     Theme,
     finished,
     label,
-    percent,
-    plain,
     quoted,
+    rounded,
     shortened,
     token,
     visible,
 )  # fmt: skip
+from tracedensity.score import Scores
+from tracedensity.unembedding import TopTokens
 
-MAX_LINKS = 20_000
-"""Head links that are drawn; of a larger circuit only those into the last token are."""
+MAX_EDGES = 10_000
+"""Edges that are drawn; of a larger circuit only the strongest are."""
 
-MAX_STATES = 5_000
-"""States that are dots and have a text under the mouse, as have skips and MLPs; a larger circuit has lines only."""
+KINDS = {"head": COLOURS["head"], "MLP": COLOURS["mlp"], "skip connection": COLOURS["residual"]}
+"""What edges are called in the legend, and their colours."""
 
-_WIDTHS = (
-    (1, "1 head", 1.0),
-    (2, "2 heads", 2.0),
-    (4, "3-4 heads", 3.2),
-    (8, "5-8 heads", 4.8),
-    (2**31, "9 or more", 7.0),
-)
-"""Up to how many heads share a line: what the legend says, and how wide it is (px) where lines are few."""
+_KIND_OF = {
+    "head": "head",
+    "mlp": "MLP",
+    "neuron": "MLP",
+    "resid_attn": "skip connection",
+    "resid_mlp": "skip connection",
+}
+_AXES = {"head": ["layer", "head", "dest", "src"], "neuron": ["layer", "dest", "neuron"]}
+_NAMED_TOKENS = 72  # more do not fit beside one another
+_COLUMN = 15  # px that a token needs for its name, written upwards
+_ROUND = ((0.0, 0.0), (0.08, 0.55), (0.2, 0.9), (0.34, 1.0), (0.66, 1.0), (0.8, 0.9), (0.92, 0.55), (1.0, 0.0))
+"""A way one row up that swerves to one side, where the straight one is another edge's: how far up, how far aside."""
 
-_NAMED_TOKENS = 72  # more do not fit below one another
 
-
-def plot_circuit(circuit: Circuit, *, prediction: str | None = None) -> go.Figure:
+def plot_circuit(
+    circuit: Circuit,
+    *,
+    scores: Scores | None = None,
+    ranking: Ranking | None = None,
+    tokens: TopTokens | None = None,
+    prediction: str | None = None,
+    theme: Theme | str = "light",
+) -> go.Figure:
     """A circuit on the token graph: its states as dots, its edges as lines up the layers.
 
     Tokens stand side by side, the embedding at the bottom; each layer has two rows, the stream after
     attention and after the MLP (one row without MLPs). Skip connections are vertical, MLPs bars beside
-    them (neurons of one MLP are one bar), and all heads of a layer between the same two tokens are one line,
-    the wider the more they are. Where more than `MAX_LINKS` lines would be needed, only those into the last token
-    are drawn, beside all skips and MLPs, and the title says so.
+    them (neurons of one MLP are one bar), and each head is a line from the token that it reads to the one
+    that it writes to; heads of a layer between the same two tokens lie side by side.
+
+    Where there would be more than `MAX_EDGES`, only the strongest are drawn: by scores, else by rank, and without
+    either those nearest to the prediction. The title says so.
 
     Args:
         circuit: What to draw; a loaded one will do, no model is run.
+        scores: Scores of the same edges: the more important an edge, the wider its line; neurons of one MLP have the
+            score of the most important one.
+        ranking: The order in which edges enter, to say under the mouse how large circuits with an edge are.
+        tokens: What edges say, to be read under the mouse; see `top_tokens`.
         prediction: Text of the token that is predicted, written at the top right.
+        theme: "light" or "dark".
 
     Raises:
-        ValueError: If the circuit is of another graph.
+        ValueError: If the circuit is of another graph, or scores, ranking or tokens are not of its graph.
     """
+    require_same_graph(circuit, scores, ranking, tokens)
+    drawn, which = strongest(circuit, scores, ranking)
+    edges = edges_of(drawn, scores=scores, ranking=ranking, tokens=tokens)
+    picture = Picture(token_graph(circuit), circuit.provenance.texts, edges, KINDS, prediction)
+    remark = which and f"of {circuit.n_edges:,} edges only {which} are drawn"
+    figure = go.Figure([trace for trace in picture.traces() if len(trace.x)])
+    figure.add_traces(picture.legend(signed=scores is not None and scores.helpful != 0))
+    return picture.framed(figure, size_of(circuit), about(circuit), remark=remark, theme=theme)
+
+
+# -- what there is to draw -------------------------------------------------------------------------
+
+
+def token_graph(circuit: Circuit) -> TokenGraph:
+    """The graph of a circuit that can be drawn here."""
     if not isinstance(circuit.graph, TokenGraph):
         raise ValueError(f"`circuit` must be one of a TokenGraph to be drawn, got {type(circuit.graph).__name__}.")
-    texts = [label(shortened(visible(text), 24)) for text in circuit.provenance.texts]
-    sheet = _Sheet(circuit.graph, tuple(f"'{text}' ({pos})" for pos, text in enumerate(texts)))
-    kept = {kind: mask.cpu() for kind, mask in circuit.kept.items()}
-    if "neuron" in kept:  # neurons of an MLP are one bar
-        kept["mlp"] = kept["neuron"].any(-1)
-    linked = kept["head"].any(1)  # [layer, dest, src]
-    touched = _touched(sheet, kept, linked)
-    detailed = int(touched.sum()) <= MAX_STATES
-    n_links = int(linked.sum())
-    remark = ""
-    if n_links > MAX_LINKS:
-        linked[:, :-1] = False
-        remark = f"only heads into the last token are drawn: all {n_links:,} lines would be too many"
-    figure = go.Figure()
-    _add_skips(figure, sheet, kept, detailed)
-    _add_heads(figure, sheet, _head_links(kept["head"], linked))
-    _add_mlps(figure, sheet, kept, detailed)
-    _add_states(figure, sheet, touched, detailed)
-    _add_prediction(figure, sheet, prediction)
-    _add_frame(figure, sheet, circuit, touched[0], remark)
-    return figure
+    return circuit.graph
 
 
-@dataclass(frozen=True)
-class _Sheet:
-    """Where things stand: token t at x = t, the embedding at y = 0, each sublayer one row up.
+def require_same_graph(
+    circuit: Circuit, scores: Scores | None = None, ranking: Ranking | None = None, tokens: TopTokens | None = None
+) -> None:
+    """Raise a ValueError if what is known of edges is not of the circuit's graph, or cannot be drawn."""
+    graph = token_graph(circuit)
+    for name, other in (("scores", scores), ("ranking", ranking), ("tokens", tokens)):
+        if other is not None and other.graph != graph:
+            raise ValueError(f"`{name}` must be of the circuit's graph, {graph}, got some of {other.graph}.")
+    if scores is not None and (n_bad := sum(int((~each.isfinite()).sum()) for each in scores.values.values())):
+        raise ValueError(f"`scores` must be finite to be drawn, got {n_bad} NaN or infinite.")
+
+
+def edges_of(
+    circuit: Circuit,
+    *,
+    scores: Scores | None = None,
+    ranking: Ranking | None = None,
+    tokens: TopTokens | None = None,
+) -> pd.DataFrame:
+    """One row per edge, neurons of one MLP merged.
+
+    Columns `kind` (of the graph), `layer`, `head` (-1 for others), `dest`, `src`, `count` (of merged edges), `row` (of
+    the state that the edge leaves) and `group` (what it is coloured by: its kind); where known, `score`, `importance`,
+    `entry` (size of the smallest circuit with the edge) and `says`.
+    """
+    graph = token_graph(circuit)
+    importance = {} if scores is None else scores.importance()
+    frames = []
+    for kind, mask in circuit.kept.items():
+        mask = mask.cpu()
+        frame = pd.DataFrame(mask.nonzero().numpy(), columns=_AXES.get(kind, ["layer", "dest"])).assign(kind=kind)
+        if scores is not None:
+            frame["score"] = scores.values[kind].cpu()[mask].double().numpy()
+            frame["importance"] = importance[kind].cpu()[mask].double().numpy()
+        if ranking is not None:
+            frame["entry"] = 1 + ranking.rank[kind].cpu()[mask].numpy()
+        frames.append(_merged(frame) if kind == "neuron" else frame.assign(count=1))
+    edges = pd.concat(frames, ignore_index=True)
+    edges["head"] = edges["head"].fillna(-1).astype(int)
+    edges["src"] = edges["src"].fillna(edges["dest"]).astype(int)
+    edges["row"] = edges["layer"] * _rows(graph) + edges["kind"].isin(["mlp", "neuron", "resid_mlp"])
+    edges["group"] = edges["kind"].map(_KIND_OF)
+    if tokens is not None:
+        edges["says"] = [_says(tokens, *place) for place in edges[["kind", "layer", "head", "dest", "src"]].to_numpy()]
+    return edges
+
+
+def _says(tokens: TopTokens, kind: str, layer: int, head: int, dest: int, src: int) -> str:
+    texts = tokens.of(kind, (layer, head, dest, src) if kind == "head" else (layer, dest))
+    return label(", ".join(quoted(text, 16) for text in texts))
+
+
+def _merged(neurons: pd.DataFrame) -> pd.DataFrame:
+    """The neurons of each MLP as one row, with the score of the most important one and the entry of the first."""
+    if "importance" in neurons:
+        neurons = neurons.sort_values("importance", ascending=False, kind="stable")
+    how = {name: "min" if name == "entry" else "first" for name in neurons if name not in ("layer", "dest", "neuron")}
+    of_mlps = neurons.groupby(["layer", "dest"])
+    return of_mlps.agg(how).assign(count=of_mlps.size()).reset_index()
+
+
+def strongest(
+    circuit: Circuit, scores: Scores | None, ranking: Ranking | None, most: int = MAX_EDGES
+) -> tuple[Circuit, str]:
+    """The part of a circuit that is drawn, and which edges these are if they are not all."""
+    graph = token_graph(circuit)
+    if circuit.n_edges <= most:
+        return circuit, ""
+    if scores is not None:
+        order, which = flatten(graph, scores.importance()).double(), f"the {most:,} strongest"
+    elif ranking is not None:
+        order, which = -flatten(graph, ranking.rank).double(), f"the {most:,} that enter first"
+    else:  # in canonical order edges go up the layers, and from token to token
+        order, which = torch.arange(graph.n_edges).double(), f"the {most:,} nearest to the prediction"
+    kept = flatten(graph, circuit.kept)
+    best = order.masked_fill(~kept, -torch.inf).argsort(descending=True, stable=True)[:most]
+    drawn = torch.zeros_like(kept)
+    drawn[best] = True
+    return circuit.of_edges(unflatten(graph, drawn, False)), which
+
+
+def among(edges: pd.DataFrame, circuit: Circuit) -> Bool[ndarray, " edge"]:
+    """Which of the edges are in a circuit."""
+    chosen = np.zeros(len(edges), dtype=bool)
+    for kind, mask in circuit.kept.items():
+        rows = (edges["kind"] == kind).to_numpy()
+        axes = ["layer", "head", "dest", "src"] if kind == "head" else ["layer", "dest"]
+        kept = (mask.any(-1) if kind == "neuron" else mask).cpu().numpy()
+        chosen[rows] = kept[tuple(edges.loc[rows, axes].to_numpy().T)]
+    return chosen
+
+
+def _rows(graph: TokenGraph) -> int:
+    """Rows of states per layer."""
+    return 2 if graph.has_mlp else 1
+
+
+# -- where it stands -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """Where edges are drawn: token t at x = t, the embedding at y = 0, each sublayer one row up.
+
+    A picture of many edges can be drawn of some of them, which then stand where they stand among all.
 
     Attributes:
         graph: What is drawn.
-        names: What tokens are called under the mouse: their text and position.
+        texts: The tokens.
+        edges: All edges that may be drawn, see `edges_of`.
+        groups: What edges are coloured by, and the colours.
+        prediction: Text of the token that is predicted, if known.
     """
 
     graph: TokenGraph
-    names: tuple[str, ...]
-
-    @property
-    def rows(self) -> int:
-        """Rows of states per layer."""
-        return 2 if self.graph.has_mlp else 1
+    texts: Sequence[str]
+    edges: pd.DataFrame
+    groups: Mapping[str, str]
+    prediction: str | None = None
 
     @property
     def top(self) -> int:
         """Row of the prediction."""
-        return self.rows * self.graph.n_layers
+        return _rows(self.graph) * self.graph.n_layers
 
     @property
     def aside(self) -> float:
@@ -122,235 +244,226 @@ class _Sheet:
         """How wide lines beside a column may be: 1 is as wide as they like, less where tokens are many."""
         return max(min(1.0, 40 / self.graph.n_pos), 0.3)
 
+    @property
+    def strongest(self) -> float:
+        """The largest importance; 0 without scores."""
+        return float(self.edges["importance"].max()) if "importance" in self.edges and len(self.edges) else 0.0
 
-@dataclass(frozen=True)
-class _Links:
-    """Head edges with those of one layer between the same two tokens merged.
+    @cached_property
+    def _ways(self) -> tuple[Float[ndarray, "edge corner"], Float[ndarray, "edge corner"], Float[ndarray, "2 edge"]]:
+        """Corners of each edge's line, NaN after the last, and where it answers the mouse."""
+        edges = self.edges
+        bottom, src, dest = (edges[name].to_numpy(float) for name in ("row", "src", "dest"))
+        together = edges.groupby(["kind", "layer", "dest", "src"])
+        count, number = together["count"].transform("size").to_numpy(), together.cumcount().to_numpy()
+        is_head, is_mlp = (edges["kind"].map(_KIND_OF).to_numpy() == kind for kind in ("head", "MLP"))
+        across, staying = is_head & (src != dest), is_head & (src == dest)
+        up, out = np.array(_ROUND).T
 
-    Attributes:
-        layer: Layer of each link.
-        dest: Token that it enters.
-        src: Token that it leaves.
-        count: Number of heads.
-        heads: Which heads these are.
-    """
+        # straight up, as skip connections go
+        x, y = np.full((2, len(edges), len(_ROUND)), np.nan)
+        x[:, :2], y[:, :2] = src[:, None], bottom[:, None] + [0.0, 1.0]
+        # bars of one thick line, not markers: as many as may be, they are one element of the page
+        x[is_mlp, :2] += self.aside
+        y[is_mlp, :2] += [0.34, -0.34]
+        # heads between the same two tokens are bent apart
+        fan = (number - (count - 1) / 2) * np.minimum(0.14, 0.6 / np.maximum(count - 1, 1))
+        t = np.linspace(0, 1, 5)
+        bent = across & (count > 1)
+        x[across, 1] = dest[across]
+        x[bent, :5] = src[bent, None] + (dest - src)[bent, None] * t
+        y[bent, :5] = bottom[bent, None] + t + fan[bent, None] * 4 * t * (1 - t)
+        # heads that stay on their token keep off its skip connection
+        aside = -self.aside * (1 + number / np.maximum(count - 1, 1) * np.minimum(1, 0.25 * (count - 1)))
+        x[staying], y[staying] = src[staying, None] + aside[staying, None] * out, bottom[staying, None] + up
 
-    layer: Int[ndarray, " link"]
-    dest: Int[ndarray, " link"]
-    src: Int[ndarray, " link"]
-    count: Int[ndarray, " link"]
-    heads: tuple[tuple[int, ...], ...]
+        # Lines of one layer cross: each is touched at a height of its own distance, where no two are at one place.
+        share = np.where(across, 0.2 + 0.6 * (dest - src) / max(self.graph.n_pos, 1), 0.5)
+        beside = np.select([is_mlp, staying], [self.aside, aside], 0.0)
+        mouse = np.stack([src + share * (dest - src) + beside, bottom + share + across * fan * 4 * share * (1 - share)])
+        return x, y, mouse
 
-    def where(self, chosen: Bool[ndarray, " link"]) -> "_Links":
-        heads = tuple(heads for heads, keep in zip(self.heads, chosen.tolist(), strict=True) if keep)
-        return _Links(self.layer[chosen], self.dest[chosen], self.src[chosen], self.count[chosen], heads)
+    @cached_property
+    def _widths(self) -> ndarray:
+        """Which of `WIDTHS` each edge has."""
+        importance = self.edges["importance"] if "importance" in self.edges else np.zeros(len(self.edges))
+        return width_classes(np.asarray(importance, dtype=np.float64), self.strongest)
 
+    @cached_property
+    def _names(self) -> list[str]:
+        """What tokens are called under the mouse."""
+        return [label(f"{quoted(text, 24)} ({pos})") for pos, text in enumerate(self.texts)]
 
-def _head_links(kept: Bool[Tensor, "layer head dest src"], linked: Bool[Tensor, "layer dest src"]) -> _Links:
-    layer, dest, src = linked.nonzero(as_tuple=True)
-    heads = kept.permute(0, 2, 3, 1)[layer, dest, src].numpy()  # [link, head]
-    count = heads.sum(1)
-    which = np.split(heads.nonzero()[1], count.cumsum()[:-1])
-    return _Links(
-        layer.numpy(), dest.numpy(), src.numpy(), count, tuple(tuple(part.tolist()) for part in which[: len(count)])
-    )
+    @cached_property
+    def _said(self) -> tuple[Shaped[ndarray, "edge column"], str]:
+        """What the mouse is told of each edge, and how that is written."""
+        edges = self.edges
+        names = self._names
+        columns: dict[str, list[object]] = {
+            "<b>%{customdata[0]}</b>": [
+                self._name(*edge)
+                for edge in zip(edges["kind"], edges["layer"], edges["head"], edges["count"], strict=True)
+            ],
+            "%{customdata[1]}": [
+                names[dest] if head < 0 else f"{names[src]} → {names[dest]}"
+                for head, dest, src in zip(edges["head"], edges["dest"], edges["src"], strict=True)
+            ],
+        }
+        if "score" in edges:
+            columns[f"score %{{customdata[{len(columns)}]}}"] = [rounded(score, 3) for score in edges["score"]]
+        if "entry" in edges:
+            columns[f"in circuits from %{{customdata[{len(columns)}]:,}} edges on"] = edges["entry"].tolist()
+        if "says" in edges:
+            columns[f"says %{{customdata[{len(columns)}]}}"] = edges["says"].tolist()
+        if "of" in edges:
+            columns[f"%{{customdata[{len(columns)}]}}"] = edges["of"].tolist()
+        said = np.empty((len(edges), len(columns)), dtype=object)  # an array: plotly looks at lists item by item
+        for place, column in enumerate(columns.values()):
+            said[:, place] = column
+        return said, "<br>".join(columns) + "<extra></extra>"
 
-
-def _add_heads(figure: go.Figure, sheet: _Sheet, links: _Links) -> None:
-    """One trace of lines for each width, and one without ink that answers the mouse."""
-    ink = _ink(len(links.count))
-    fewest = 1
-    for most, name, width in _WIDTHS:
-        part = links.where((links.count >= fewest) & (links.count <= most))
-        fewest = most + 1
-        if len(part.count):
-            across, staying = part.where(part.src != part.dest), part.where(part.src == part.dest)
-            bottom = sheet.rows * across.layer
-            straight = _corners([across.src, across.dest], [bottom, bottom + 1])
-            round_about = _detour(staying.src, sheet.rows * staying.layer, -sheet.aside)
-            line = {"color": COLOURS["head"], "width": width * ink**0.5}
-            corners = np.concatenate([straight, round_about], axis=1)
-            figure.add_trace(_lines(corners, name, line, opacity=0.8 * ink, showlegend=False))
-            figure.add_trace(_lines(np.full((2, 1), np.nan), name, {**line, "width": width}))  # legible in the legend
-    # Links of one layer cross: each is touched at a height of its own distance, where no two are at one place.
-    share = 0.2 + 0.6 * (links.dest - links.src) / max(sheet.graph.n_pos, 1)
-    x = links.src + share * (links.dest - links.src) - np.where(links.src == links.dest, sheet.aside, 0.0)
-    texts = [
-        f"{_listed(layer, heads)}<br>{sheet.names[src]} → {sheet.names[dest]}"
-        for layer, heads, src, dest in zip(
-            links.layer.tolist(), links.heads, links.src.tolist(), links.dest.tolist(), strict=True
+    def _name(self, kind: str, layer: int, head: int, count: int) -> str:
+        if kind == "neuron":
+            return f"m{layer}: {count:,} of {self.graph.d_mlp:,} neurons"
+        around = {"resid_attn": "attention", "resid_mlp": "MLP"}
+        return (
+            f"skip around {around[kind]} {layer}"
+            if kind in around
+            else f"a{layer}.h{head}"
+            if kind == "head"
+            else f"m{layer}"
         )
-    ]
-    figure.add_trace(_touch(x, sheet.rows * links.layer + share, texts, "heads", COLOURS["head"]))
+
+    # -- drawing -----------------------------------------------------------------------------------
+
+    def traces(self, chosen: Bool[ndarray, " edge"] | None = None) -> list[go.Scatter]:
+        """What is drawn of some of the edges; the same traces in the same order whatever these are, some of them empty.
+
+        Lines of edges of one group, kind and width are one trace.
+        """
+        edges = self.edges
+        chosen = np.ones(len(edges), dtype=bool) if chosen is None else chosen
+        kind, group = edges["kind"].map(_KIND_OF).to_numpy(), edges["group"].to_numpy()
+        # many lines are faint, so that the common paths stand out
+        ink = float(np.clip((100 / max(int((chosen & (kind == "head")).sum()), 1)) ** 0.35, 0.15, 1.0))
+        x, y, mouse = self._ways
+        bare, inked, hovered = [], [], []
+        for name, colour in self.groups.items():
+            for of_kind in KINDS:
+                here = (kind == of_kind) & (group == name)
+                if of_kind == "MLP" and here.any():
+                    up, out = np.array(_ROUND).T
+                    pos, bottom = (edges[column].to_numpy(float)[here & chosen, None] for column in ("dest", "row"))
+                    line = {"color": colour, "width": self.crowding}
+                    bare.append(joined(pos + self.aside * out, bottom + up, f"{name}, its way", line))
+                for place in np.unique(self._widths[here]).tolist():
+                    which = here & chosen & (self._widths == place)
+                    width, opacity = self._line(of_kind, place, ink)
+                    line = {"color": colour, "width": width}
+                    trace = joined(x[which], y[which], name, line, opacity=opacity)
+                    (bare if of_kind == "skip connection" else inked).append(trace)
+        said, template = self._said
+        for of_kind, colour in KINDS.items():
+            of_this = np.flatnonzero(kind == of_kind)
+            places = _cut(mouse[:, of_this], chosen[of_this])
+            hovered.append(touched(*places, said[of_this], template, f"{of_kind}, under the mouse", colour))
+        return [*bare, *inked, *hovered, self._states(chosen), self._predicted()]
+
+    def _line(self, kind: str, place: int, ink: float) -> tuple[float, float]:
+        """Width (px) and opacity."""
+        width = WIDTHS[place][1] if self.strongest > 0 else 1.4
+        if kind == "MLP":
+            return (3.5 + width) * self.crowding, 1.0
+        if kind == "skip connection":
+            return width * self.crowding, 1.0
+        return width * ink**0.5, max(0.85 * ink, 0.8 * (place >= 2))
+
+    def _states(self, chosen: Bool[ndarray, " edge"]) -> go.Scatter:
+        """A dot at each state that an edge leaves or enters."""
+        n_pos, edges = self.graph.n_pos, self.edges
+        ends = np.stack([edges["row"] * n_pos + edges["src"], (edges["row"] + 1) * n_pos + edges["dest"]], axis=1)
+        states, where = np.unique(ends, return_index=True)
+        states = states[np.argsort(where)]  # those of the first edges first
+        states = states[states < self.top * n_pos]  # the last row is the prediction's
+        row, pos = np.divmod(states, n_pos)
+        x, y = _cut(np.stack([pos, row]).astype(float), np.isin(states, ends[chosen]))
+        said = np.empty((len(states), 2), dtype=object)
+        said[:, 0] = [self._names[p] for p in pos.tolist()]
+        said[:, 1] = [self._state(r) for r in row.tolist()]
+        return go.Scatter(
+            x=x, y=y, mode="markers", marker={"color": INK, "size": 2 + 2 * self.crowding}, customdata=said,
+            hovertemplate="%{customdata[0]}<br>%{customdata[1]}<extra></extra>", name="state", showlegend=False,
+        )  # fmt: skip
+
+    def _state(self, row: int) -> str:
+        if row == 0:
+            return "embedding"
+        layer, sublayer = divmod(row - 1, _rows(self.graph))
+        return f"stream after {('attention', 'MLP')[sublayer]} {layer}"
+
+    def _predicted(self) -> go.Scatter:
+        text = "prediction" if self.prediction is None else label(quoted(self.prediction, 20))
+        return go.Scatter(
+            x=[self.graph.n_pos - 1], y=[self.top], mode="markers+text", text=[f"<b>{text}</b>"],
+            textposition="top left", cliponaxis=False,
+            marker={"color": PAPER, "size": 10, "line": {"color": INK, "width": 2}},
+            name="prediction", showlegend=False, hovertemplate="%{text}<extra></extra>",
+        )  # fmt: skip
+
+    def legend(self, signed: bool = False) -> list[go.Scatter]:
+        """Its entries: groups that there are, and with scores how wide they are drawn."""
+        used = set(self.edges["group"])
+        groups = [in_legend(name, colour, 3.0) for name, colour in self.groups.items() if name in used]
+        return [*groups, *width_entries(self._widths, self.strongest, signed)]
+
+    def framed(
+        self, figure: go.Figure, title: str, said: Sequence[str], *, remark: str, theme: Theme | str, below: float = 0
+    ) -> go.Figure:
+        """The figure with tokens along the bottom and layers up the side; `below` is room (px) for what comes next."""
+        n_pos, n_layers, rows = self.graph.n_pos, self.graph.n_layers, _rows(self.graph)
+        step = -(-n_pos // _NAMED_TOKENS)
+        named = range((n_pos - 1) % step, n_pos, step)  # the last token always
+        read = set(self.edges["src"][self.edges["row"] == 0])
+        names = [token(self.texts[pos]) for pos in named]
+        names = [
+            name if pos in read else f'<span style="color:{MUTED}">{name}</span>'
+            for pos, name in zip(named, names, strict=True)
+        ]
+        longest = max(len(shortened(visible(self.texts[pos]), 14)) for pos in named)
+        upright = len(named) * (7 * longest + 4) > NARROW - 90
+        for layer in range(0, n_layers, 2):
+            figure.add_hrect(rows * layer, rows * (layer + 1), fillcolor=BAND, line_width=0, layer="below")
+        figure.update_layout(
+            legend={"itemsizing": "trace"},
+            xaxis={
+                "range": [-0.6, n_pos - 0.4],
+                "tickvals": list(named),
+                "ticktext": names,
+                "tickangle": -90 if upright else 0,
+                "tickfont": {"size": 11},
+                "ticks": "",
+                "showgrid": True,
+                "gridcolor": FAINT,
+                "title": {"text": "token" if step == 1 else f"token (one in {step} is named)"},
+            },
+            yaxis={
+                "range": [-0.3, self.top + 0.9],
+                "tickvals": [rows * (layer + 0.5) for layer in range(n_layers)],
+                "ticktext": [str(layer) for layer in range(n_layers)],
+                "ticks": "",
+                "showline": False,
+                "title": {"text": "layer (attention, then MLP)" if rows == 2 else "layer"},
+            },
+        )
+        return finished(
+            figure, title, said, remark=remark, theme=theme,
+            plot_height=max(240, min(36 * self.top, 600), 11 * self.top),
+            below=(44 + 6 * longest if upright else 52) + below,
+            min_width=90 + _COLUMN * len(named),
+        )  # fmt: skip
 
 
-def _listed(layer: int, heads: tuple[int, ...], most: int = 12) -> str:
-    names = ", ".join(f"a{layer}.h{head}" for head in heads[:most])
-    return names if len(heads) <= most else f"{names} and {len(heads) - most} more"
-
-
-def _ink(n_links: int) -> float:
-    """How strong and wide lines are: less where there are many, so that the common paths stand out."""
-    return float(np.clip((100 / max(n_links, 1)) ** 0.35, 0.15, 1.0))
-
-
-def _add_skips(figure: go.Figure, sheet: _Sheet, kept: Mapping[str, Tensor], detailed: bool) -> None:
-    x, bottom, texts = [], [], []
-    for kind, row, around in (("resid_attn", 0, "attention"), ("resid_mlp", 1, "MLP")):
-        if kind in kept:
-            layer, pos = kept[kind].nonzero().numpy().T
-            x.append(pos)
-            bottom.append(sheet.rows * layer + row)
-            texts += [f"skip around {around} {i}<br>{sheet.names[p]}" for i, p in kept[kind].nonzero().tolist()]
-    x, bottom = np.concatenate(x), np.concatenate(bottom)
-    line = {"color": COLOURS["residual"], "width": 1.5 * sheet.crowding}
-    figure.add_trace(_lines(_corners([x, x], [bottom, bottom + 1]), "skip connection", line))
-    if detailed:
-        figure.add_trace(_touch(x, bottom + 0.5, texts, "skip", COLOURS["residual"]))
-
-
-def _mlp_name(kept: Mapping[str, Tensor], layer: int, pos: int) -> str:
-    if "neuron" not in kept:
-        return f"m{layer}"
-    here = kept["neuron"][layer, pos]
-    return f"m{layer}: {int(here.sum())} of {len(here)} neurons"
-
-
-def _add_mlps(figure: go.Figure, sheet: _Sheet, kept: Mapping[str, Tensor], detailed: bool) -> None:
-    if "mlp" not in kept:
-        return
-    layer, pos = kept["mlp"].nonzero().numpy().T
-    bottom = sheet.rows * layer + 1
-    aside = pos + sheet.aside
-    # Bars of one thick line, not markers: as many as may be, they are one element of the page.
-    line = {"color": COLOURS["mlp"], "width": 6 * sheet.crowding}
-    figure.add_trace(_lines(_corners([aside, aside], [bottom + 0.34, bottom + 0.66]), "MLP", line))
-    if detailed:
-        thin = {**line, "width": sheet.crowding}
-        figure.add_trace(_lines(_detour(pos, bottom, sheet.aside), "MLP", thin, showlegend=False))
-        texts = [_mlp_name(kept, i, p) + f"<br>{sheet.names[p]}" for i, p in kept["mlp"].nonzero().tolist()]
-        figure.add_trace(_touch(aside, bottom + 0.5, texts, "MLP", COLOURS["mlp"]))
-
-
-def _add_states(figure: go.Figure, sheet: _Sheet, touched: Bool[ndarray, "row pos"], detailed: bool) -> None:
-    """A dot at each state that an edge of the circuit leaves or enters."""
-    if not detailed:
-        return
-    row, pos = touched[:-1].nonzero()  # the last row is the prediction's
-    texts = [f"{sheet.names[p]}<br>{_state(sheet, r)}" for r, p in zip(row.tolist(), pos.tolist(), strict=True)]
-    figure.add_scatter(
-        x=pos, y=row, mode="markers", marker={"color": INK, "size": 2 + 2 * sheet.crowding}, text=texts,
-        hovertemplate="%{text}<extra></extra>", name="state", showlegend=False,
-    )  # fmt: skip
-
-
-def _add_prediction(figure: go.Figure, sheet: _Sheet, prediction: str | None) -> None:
-    text = "prediction" if prediction is None else label(quoted(prediction, 20))
-    figure.add_scatter(
-        x=[sheet.graph.n_pos - 1], y=[sheet.top], mode="markers+text", text=[f"<b>{text}</b>"],
-        textposition="top left", cliponaxis=False,
-        marker={"color": PAPER, "size": 10, "line": {"color": INK, "width": 2}},
-        name="prediction", showlegend=False, hovertemplate="%{text}<extra></extra>",
-    )  # fmt: skip
-
-
-def _touched(
-    sheet: _Sheet, kept: Mapping[str, Tensor], linked: Bool[Tensor, "layer dest src"]
-) -> Bool[ndarray, "row pos"]:
-    """Which states the circuit's edges leave or enter."""
-    touched = torch.zeros(sheet.top + 1, sheet.graph.n_pos, dtype=torch.bool)
-    before, after = touched[: -1 : sheet.rows], touched[1 :: sheet.rows]  # views: around attention
-    before |= linked.any(1) | kept["resid_attn"]
-    after |= linked.any(2) | kept["resid_attn"]
-    if sheet.graph.has_mlp:
-        around = kept["mlp"] | kept["resid_mlp"]
-        touched[1::2] |= around
-        touched[2::2] |= around
-    return touched.numpy()
-
-
-def _state(sheet: _Sheet, row: int) -> str:
-    if row == 0:
-        return "embedding"
-    layer, sublayer = divmod(row - 1, sheet.rows)
-    return f"stream after {('attention', 'MLP')[sublayer]} {layer}"
-
-
-def _add_frame(figure: go.Figure, sheet: _Sheet, circuit: Circuit, read: Bool[ndarray, " pos"], remark: str) -> None:
-    n_pos, n_layers, rows = sheet.graph.n_pos, sheet.graph.n_layers, sheet.rows
-    step = -(-n_pos // _NAMED_TOKENS)
-    named = range((n_pos - 1) % step, n_pos, step)  # the last token always
-    names = [token(circuit.provenance.texts[pos]) for pos in named]
-    names = [
-        name if read[pos] else f'<span style="color:{MUTED}">{name}</span>'
-        for pos, name in zip(named, names, strict=True)
-    ]
-    for layer in range(0, n_layers, 2):
-        figure.add_hrect(rows * layer, rows * (layer + 1), fillcolor=BAND, line_width=0, layer="below")
-    measured = "not run" if circuit.faithfulness is None else f"faithfulness {circuit.faithfulness:.3f}"
-    conditions = ["all skips kept when run"] * circuit.keep_residual
-    conditions += ["absent attention edges not ablated"] * (circuit.attention == "open")
-    about = [
-        quoted(circuit.provenance.prompt),
-        f"{plain(circuit.provenance.method)} on {plain(circuit.provenance.model)}",
-        *conditions,
-    ]
-    size = f"{circuit.n_edges:,} of {circuit.graph.n_edges:,} edges ({percent(circuit.fraction)})"
-    figure.update_layout(
-        legend={"itemsizing": "trace"},
-        xaxis={
-            "range": [-0.6, n_pos - 0.4],
-            "tickvals": list(named),
-            "ticktext": names,
-            "tickangle": -90 if n_pos > 16 else 0,
-            "tickfont": {"size": 11},
-            "ticks": "",
-            "showgrid": True,
-            "gridcolor": FAINT,
-            "title": {"text": "token" if step == 1 else f"token (one in {step} is named)"},
-        },
-        yaxis={
-            "range": [-0.3, sheet.top + 0.9],
-            "tickvals": [rows * (layer + 0.5) for layer in range(n_layers)],
-            "ticktext": [str(layer) for layer in range(n_layers)],
-            "ticks": "",
-            "showline": False,
-            "title": {"text": "layer (attention, then MLP)" if rows == 2 else "layer"},
-        },
-    )
-    finished(figure, f"Circuit of {size}, {measured}", about, remark=remark, below=80,
-        plot_height=max(240, min(36 * sheet.top, 600), 11 * sheet.top))
-
-
-def _corners(xs: list[ndarray], ys: list[ndarray]) -> Float[ndarray, "axis corner"]:
-    """Many lines, each through the given corners, end to end with a gap after each."""
-    gap = np.full(len(xs[0]), np.nan)
-    return np.stack([np.stack([*corners, gap], axis=1).astype(np.float32).ravel() for corners in (xs, ys)])
-
-
-def _detour(x: ndarray, bottom: ndarray, aside: float) -> Float[ndarray, "axis corner"]:
-    """Lines one row up that swerve to one side, where the straight way is another edge's."""
-    shape = ((0.0, 0.0), (0.08, 0.55), (0.2, 0.9), (0.34, 1.0), (0.66, 1.0), (0.8, 0.9), (0.92, 0.55), (1.0, 0.0))
-    return _corners([x + aside * part for _, part in shape], [bottom + height for height, _ in shape])
-
-
-def _lines(
-    corners: Float[ndarray, "axis corner"],
-    name: str,
-    line: dict[str, Any],
-    opacity: float = 1.0,
-    showlegend: bool = True,
-) -> go.Scatter:
-    x, y = corners
-    return go.Scatter(
-        x=x, y=y, mode="lines", line=line, opacity=opacity, name=name, legendgroup=name, showlegend=showlegend,
-        hoverinfo="skip",
-    )  # fmt: skip
-
-
-def _touch(x: ndarray, y: ndarray, texts: list[str], name: str, colour: str) -> go.Scatter:
-    """Points without ink, and without an element of the page each, that show a text under the mouse."""
-    return go.Scatter(
-        x=x.astype(np.float32), y=y.astype(np.float32), mode="none", text=texts, hovertemplate="%{text}<extra></extra>",
-        hoverlabel={"bordercolor": colour}, name=name, showlegend=False,
-    )  # fmt: skip
+def _cut(places: Float[ndarray, "2 place"], chosen: Bool[ndarray, " place"]) -> Float[ndarray, "2 some"]:
+    """Places up to the last chosen one, NaN where they are not chosen."""
+    end = int(chosen.nonzero()[0].max(initial=-1)) + 1
+    return np.where(chosen[:end], places[:, :end], np.nan).astype(np.float32)

@@ -1,7 +1,7 @@
 """The figure of a circuit on the component graph: layers up, heads across, the kept edges between them."""
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import plotly.graph_objects as go
@@ -11,6 +11,8 @@ from numpy import ndarray
 from tracedensity.graph import flatten, pruned, unflatten
 from tracedensity.graph.circuit import Circuit
 from tracedensity.graph.component import ComponentGraph
+from tracedensity.plot.caption import about, size_of
+from tracedensity.plot.lines import in_legend, joined, width_classes, width_entries
 from tracedensity.plot.theme import (
     BAND,
     COLOURS,
@@ -23,10 +25,6 @@ from tracedensity.plot.theme import (
     Theme,
     finished,
     label,
-    percent,
-    plain,
-    quoted,
-    rounded,
 )  # fmt: skip
 from tracedensity.score import Scores
 
@@ -48,9 +46,7 @@ _ASIDE = 0.11  # columns by which queries and values enter beside keys
 _BESIDE = 5.0  # px between lines of the same two nodes where they run flat
 
 
-def plot_component(
-    circuit: Circuit, *, scores: Scores | None = None, theme: Theme | str = "light"
-) -> go.Figure:
+def plot_component(circuit: Circuit, *, scores: Scores | None = None, theme: Theme | str = "light") -> go.Figure:
     """A circuit on the component graph: its heads and MLPs as nodes, its edges as lines up the layers.
 
     The embedding is at the bottom, the logits at the top. Each layer has a row of the heads that are in the circuit,
@@ -74,6 +70,19 @@ def plot_component(
     Raises:
         ValueError: If the circuit is not one of a component graph, or scores are of another graph or not finite.
     """
+    return drawn(circuit, scores, size_of(circuit), about(circuit), theme)
+
+
+def drawn(
+    circuit: Circuit,
+    scores: Scores | None,
+    title: str,
+    said: Sequence[str],
+    theme: Theme | str,
+    compared: Sequence[Circuit] = (),
+    groups: Sequence[tuple[str, str]] = (),
+) -> go.Figure:
+    """A circuit under a title of one's own; or two `compared` ones that it is made of, in the colours of `groups`."""
     if not isinstance(circuit.graph, ComponentGraph):
         raise ValueError(f"`circuit` must be one of a ComponentGraph to be drawn, got {type(circuit.graph).__name__}.")
     if scores is not None and scores.graph != circuit.graph:
@@ -82,19 +91,22 @@ def plot_component(
         raise ValueError(f"`scores` must be finite to be drawn, got {n_bad} NaN or infinite.")
     nodes = _Nodes.of(circuit.graph)
     lines = _Lines.of(circuit.graph, nodes, circuit, scores)
-    drawn, remark = lines, ""
+    if compared:
+        lines = lines.compared(nodes, compared, groups)
+    some, remark = lines, ""
     if len(lines.source) > MAX_LINES:
-        drawn = lines.at(lines.order[:MAX_LINES])
+        some = lines.at(lines.order[:MAX_LINES])
         which = "edges nearest to the logits" if scores is None else "strongest edges"
-        remark = f"only the {MAX_LINES:,} {which} are drawn: all {len(lines.source):,} lines would be too many"
+        remark = f"only the {MAX_LINES:,} {which} are drawn, of {len(lines.source):,}"
     sheet = _Sheet.of(circuit.graph, nodes, lines)
     figure = go.Figure()
-    _add_lines(figure, sheet, drawn)
+    _add_lines(figure, sheet, some)
     _add_links(figure, sheet)
-    _add_scale(figure, drawn)
-    _add_touch(figure, sheet, drawn)
+    if some.score is not None:
+        figure.add_traces(width_entries(some.widths, some.strongest, some.signed))
+    _add_touch(figure, sheet, some)
     _add_nodes(figure, sheet, lines)
-    return _framed(figure, sheet, circuit, remark, theme)
+    return _framed(figure, sheet, title, said, remark, theme)
 
 
 # -- what there is to draw -------------------------------------------------------------------------
@@ -176,6 +188,9 @@ class _Lines:
         importance: How important that one is; without scores how near to the logits.
         strongest: The largest importance in the circuit.
         signed: Whether scores are effects.
+        place: A number for each pair of a node and what reads it.
+        group: What it is coloured by, a place in `groups`.
+        groups: Names and colours, what is to be on top last.
     """
 
     source: Int[ndarray, " line"]
@@ -189,6 +204,9 @@ class _Lines:
     importance: Float[ndarray, " line"]
     strongest: float
     signed: bool
+    place: Int[ndarray, " line"]
+    group: Int[ndarray, " line"]
+    groups: tuple[tuple[str, str], ...]
 
     @classmethod
     def of(cls, graph: ComponentGraph, nodes: _Nodes, circuit: Circuit, scores: Scores | None) -> "_Lines":
@@ -209,19 +227,32 @@ class _Lines:
         best = by[first]
         parts = np.split(by, first[1:]) if len(by) else []
         names = [f"{nodes.names[source[i]]}->{graph.readers[edge[1][i]]}" for i in best.tolist()]
+        alive = np.array([on_path[part].any() for part in parts], dtype=bool)
+        read_as = nodes.read_as[edge[1][best]]
         return cls(
             source[best],
             target[best],
-            nodes.read_as[edge[1][best]],
+            read_as,
             names,
             [_merged(graph, edge[2][part], nodes.neuron[edge[0][part]]) for part in parts],
             np.diff(first, append=len(by)),
-            np.array([on_path[part].any() for part in parts], dtype=bool),
+            alive,
             None if score is None else score[best],
             importance[best],
             strongest=float(importance.max(initial=0.0)),
             signed=scores is not None and scores.helpful != 0,
+            place=place[best],
+            group=np.where(alive, 1 + read_as, 0),
+            groups=(("on no path", DEAD), *((name, colour) for name, colour, _ in _READ_AS.values())),
         )
+
+    def compared(self, nodes: _Nodes, circuits: Sequence[Circuit], groups: Sequence[tuple[str, str]]) -> "_Lines":
+        """Coloured by which of two circuits, whose edges these are, has an edge of the line: both, one, the other."""
+        first, second = (
+            np.isin(self.place, nodes.of_writer[edges[:, 0]] * len(nodes.of_reader) + edges[:, 1])
+            for edges in (circuit.kept["edge"].nonzero().cpu().numpy() for circuit in circuits)
+        )
+        return replace(self, group=np.where(first & second, 0, np.where(first, 1, 2)), groups=tuple(groups))
 
     @property
     def order(self) -> Int[ndarray, " line"]:
@@ -236,15 +267,14 @@ class _Lines:
     @property
     def widths(self) -> Int[ndarray, " line"]:
         """Which of `WIDTHS` each line has."""
-        if self.score is None or self.strongest <= 0:
-            return np.zeros_like(self.source)
-        return np.searchsorted([share for share, _ in WIDTHS[1:]], self.importance / self.strongest, side="right")
+        return width_classes(self.importance, self.strongest if self.score is not None else 0.0)
 
     def at(self, chosen: Int[ndarray, " chosen"]) -> "_Lines":
         return _Lines(
             self.source[chosen], self.target[chosen], self.read_as[chosen], [self.names[i] for i in chosen.tolist()],
             [self.notes[i] for i in chosen.tolist()], self.count[chosen], self.alive[chosen],
             None if self.score is None else self.score[chosen], self.importance[chosen], self.strongest, self.signed,
+            self.place[chosen], self.group[chosen], self.groups,
         )  # fmt: skip
 
     def text(self, line: int) -> str:
@@ -385,29 +415,23 @@ def _spread(wanted: Float[ndarray, " node"], gap: float, width: int) -> Float[nd
 
 
 def _add_lines(figure: go.Figure, sheet: _Sheet, lines: _Lines) -> None:
-    """One trace for each way to be read and each width, thin ones first, and one for what is on no path."""
+    """One trace for each group and width, thin ones first."""
     n_lines = len(lines.source)
     ink = float(np.clip((100 / max(n_lines, 1)) ** 0.35, 0.2, 1.0))
     x, y = sheet.curves(lines.source, lines.target, lines.side)
 
-    def add(chosen: Bool[ndarray, " line"], name: str, colour: str, width: float, opacity: float) -> None:
-        if chosen.any():
-            line = {"color": colour, "width": width, "simplify": n_lines >= _MANY}
-            figure.add_trace(_line(x[chosen], y[chosen], name, line, opacity=opacity, showlegend=False))
-
-    add(~lines.alive, "on no path", DEAD, 1.2 * ink**0.5, ink**0.5)
     wide = lines.widths
     # Many thin lines are thinner still, so that the strong ones stand out.
     widths = [2.2 * ink**0.8] if lines.score is None else [w * (ink**0.6 if w < 2 else 1.0) for _, w in WIDTHS]
     for place, width in enumerate(widths):
-        for kind, (name, colour, _) in enumerate(_READ_AS.values()):
-            chosen = lines.alive & (wide == place) & (lines.read_as == kind)
-            add(chosen, name, colour, width, ink if place == 0 else max(ink, 0.85))
-    for kind, (name, colour, _) in enumerate(_READ_AS.values()):
-        if (lines.alive & (lines.read_as == kind)).any():
-            figure.add_trace(_in_legend(name, colour, 3.0))
-    if not lines.alive.all():
-        figure.add_trace(_in_legend("on no path", DEAD, 3.0))
+        for group, (name, colour) in enumerate(lines.groups):
+            chosen = (wide == place) & (lines.group == group)
+            if chosen.any():
+                line = {"color": colour, "width": width, "simplify": n_lines >= _MANY}
+                opacity = ink if place == 0 else max(ink, 0.85)
+                figure.add_trace(joined(x[chosen], y[chosen], name, line, opacity=opacity))
+    for group in np.unique(lines.group).tolist():
+        figure.add_trace(in_legend(*lines.groups[group], 3.0))
 
 
 def _add_links(figure: go.Figure, sheet: _Sheet) -> None:
@@ -415,19 +439,8 @@ def _add_links(figure: go.Figure, sheet: _Sheet) -> None:
     group, head = sheet.nodes.links[:, sheet.shown[sheet.nodes.links].all(0)]
     if len(group):
         x, y = sheet.curves(group, head, np.zeros_like(group))
-        figure.add_trace(_line(x, y, "shared keys, values", {"color": MUTED, "width": 1.0, "dash": "2px,2px"}))
-
-
-def _add_scale(figure: go.Figure, lines: _Lines) -> None:
-    """Entries of the legend that say which score is how wide."""
-    if lines.score is None or lines.strongest <= 0:
-        return
-    what = "|score| " if lines.signed else "score "
-    for place in np.unique(lines.widths).tolist():
-        bound = WIDTHS[max(place, 1)][0] * lines.strongest
-        name = f"{what}{'≥' if place else '<'} {rounded(bound)}"
-        figure.add_trace(_in_legend(name, MUTED, WIDTHS[place][1]))
-        what = ""
+        dotted = joined(x, y, "shared keys, values", {"color": MUTED, "width": 1.0, "dash": "2px,2px"})
+        figure.add_trace(dotted.update(showlegend=True))
 
 
 def _add_touch(figure: go.Figure, sheet: _Sheet, lines: _Lines) -> None:
@@ -435,11 +448,11 @@ def _add_touch(figure: go.Figure, sheet: _Sheet, lines: _Lines) -> None:
     x, y = sheet.curves(lines.source, lines.target, lines.side)
     middle = x.shape[1] // 2 + lines.side  # at another height for queries, keys and values of the same head
     line = np.arange(len(lines.source))
-    colours = [colour for _, colour, _ in _READ_AS.values()]
+    colours = [colour for _, colour in lines.groups]
     figure.add_scatter(
         x=x[line, middle], y=y[line, middle], mode="none", name="edges", showlegend=False,
         text=[lines.text(i) + lines.notes[i] for i in line.tolist()], hovertemplate="%{text}<extra></extra>",
-        hoverlabel={"bordercolor": [colours[kind] for kind in lines.read_as.tolist()] or MUTED},
+        hoverlabel={"bordercolor": [colours[group] for group in lines.group.tolist()] or MUTED},
     )  # fmt: skip
 
 
@@ -504,12 +517,12 @@ def _about_nodes(sheet: _Sheet, lines: _Lines, shown: Int[ndarray, " shown"], mo
     return texts
 
 
-def _framed(figure: go.Figure, sheet: _Sheet, circuit: Circuit, remark: str, theme: Theme | str) -> go.Figure:
+def _framed(
+    figure: go.Figure, sheet: _Sheet, title: str, said: Sequence[str], remark: str, theme: Theme | str
+) -> go.Figure:
     n_layers = sheet.graph.n_layers
     for layer in range(0, n_layers, 2):
         figure.add_hrect(layer, layer + 1, fillcolor=BAND, line_width=0, layer="below")
-    measured = "not run" if circuit.faithfulness is None else f"faithfulness {circuit.faithfulness:.3f}"
-    size = f"{circuit.n_edges:,} of {circuit.graph.n_edges:,} edges ({percent(circuit.fraction)})"
     figure.update_layout(
         legend={"itemsizing": "trace"},
         xaxis={"range": [-0.3, sheet.columns + (2.2 if sheet.graph.has_mlp else 0.3)], "visible": False},
@@ -523,39 +536,5 @@ def _framed(figure: go.Figure, sheet: _Sheet, circuit: Circuit, remark: str, the
         },
     )
     return finished(
-        figure, f"Circuit of {size}, {measured}", _about(circuit), remark=remark, theme=theme, below=8,
-        plot_height=sheet.layer_height * (n_layers + 1.2),
-    )  # fmt: skip
-
-
-def _about(circuit: Circuit) -> list[str]:
-    """What the circuit was chosen for."""
-    about = circuit.provenance
-    asked = quoted(about.prompt)
-    if (task := about.named_task) is not None:
-        unit = "prompt" if task.corrupted is None else "pair"
-        asked = f"{plain(task.name)} ({len(task):,} {unit}{'s' * (len(task) != 1)})"
-    metric = about.metric if circuit.faithfulness is None else circuit.metric
-    parts = [f"{plain(about.method)} on {plain(about.model)}", asked, f"{plain(circuit.ablation)} ablation"]
-    return [*parts, *[f"metric {plain(metric)}"] * bool(metric)]
-
-
-def _line(
-    x: Float[ndarray, "line step"],
-    y: Float[ndarray, "line step"],
-    name: str,
-    line: dict[str, Any],
-    opacity: float = 1.0,
-    showlegend: bool = True,
-) -> go.Scatter:
-    """Many curves, end to end with a gap after each."""
-    xs, ys = (np.pad(each, ((0, 0), (0, 1)), constant_values=np.nan).astype(np.float32).ravel() for each in (x, y))
-    return go.Scatter(
-        x=xs, y=ys, mode="lines", line=line, opacity=opacity, name=name, legendgroup=name, showlegend=showlegend,
-        hoverinfo="skip",
-    )  # fmt: skip
-
-
-def _in_legend(name: str, colour: str, width: float) -> go.Scatter:
-    """An entry of the legend, legible however faint the lines are that it stands for."""
-    return _line(np.full((1, 0), np.nan), np.full((1, 0), np.nan), name, {"color": colour, "width": width})
+        figure, title, said, remark=remark, theme=theme, below=8, plot_height=sheet.layer_height * (n_layers + 1.2)
+    )

@@ -1,85 +1,76 @@
-"""Pages: figures as one HTML file that needs no network."""
+"""Pages: figures and text as one HTML file that needs no network, light or dark as the reader likes."""
 
 import html
+import json
+from collections.abc import Iterable, Sequence
 from os import PathLike
 
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from tracedensity.curve import DensityCurve
 from tracedensity.files import replace_file
-from tracedensity.graph.circuit import Circuit
-from tracedensity.graph.component import ComponentGraph
-from tracedensity.plot.circuit import plot_circuit
-from tracedensity.plot.component import plot_component
-from tracedensity.plot.curve import plot_curve
-from tracedensity.plot.theme import COLOURS, FAINT, FONT, INK, MUTED, percent, visible
+from tracedensity.plot.theme import COLOURS, DARK, FAINT, FONT, INK, MUTED, NARROW, PAPER, visible
+
+_VARIABLES = {"paper": PAPER, "ink": INK, "muted": MUTED, "faint": FAINT, "head": COLOURS["head"]}
+
+
+def _variables(colours: Iterable[str]) -> str:
+    return "".join(f"--{name}:{colour};" for name, colour in zip(_VARIABLES, colours, strict=True))
+
 
 _STYLE = f"""
-body {{ font: 15px/1.5 {FONT}; color: {INK}; max-width: 1200px; margin: 0 auto; padding: 24px 16px; }}
-h1 {{ font-size: 22px; margin: 0 0 8px; }}
-.prompt {{ margin: 0 0 16px; line-height: 2; overflow-wrap: anywhere; }}
-.prompt span {{ background: {FAINT}; border-radius: 3px; padding: 2px 0; margin-right: 2px; white-space: pre-wrap; }}
-.prompt .prediction {{ background: {COLOURS["head"]}; color: white; padding: 0 4px; }}
-.prompt .prediction {{ display: inline-block; line-height: 1.5; }}
-table {{ border-collapse: collapse; margin: 16px 0; font-variant-numeric: tabular-nums; }}
-th, td {{ text-align: right; padding: 3px 16px 3px 0; border-bottom: 1px solid {FAINT}; font-weight: normal; }}
-th, footer {{ color: {MUTED}; }}
-.figure {{ overflow-x: auto; margin: 24px 0; }}
-.table {{ overflow-x: auto; }}
-footer {{ font-size: 13px; overflow-wrap: anywhere; }}
+:root {{ {_variables(_VARIABLES.values())} color-scheme: light; }}
+:root.dark {{ {_variables(DARK[colour] for colour in _VARIABLES.values())} color-scheme: dark; }}
+body {{ font: 15px/1.5 {FONT}; color: var(--ink); background: var(--paper); margin: 0; }}
+main {{ max-width: 1200px; margin: 0 auto; padding: 20px 16px; }}
+h1 {{ font-size: 22px; margin: 0 96px 12px 0; line-height: 1.25; }}
+h2 {{ font-size: 17px; margin: 36px 0 8px; }}
+p {{ max-width: 76ch; }}
+#theme {{ float: right; font: inherit; font-size: 13px; color: var(--muted); background: none; padding: 2px 10px;
+  border: 1px solid var(--faint); border-radius: 4px; cursor: pointer; }}
+.text {{ line-height: 2; overflow-wrap: anywhere; max-width: none; }}
+.text span {{ background: var(--faint); border-radius: 3px; padding: 2px 1px; margin-right: 2px;
+  white-space: pre-wrap; }}
+.text .prediction {{ background: var(--head); color: var(--paper); padding: 2px 5px; }}
+.side {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 8px 32px; }}
+table {{ border-collapse: collapse; margin: 12px 0; font-variant-numeric: tabular-nums; font-size: 14px; }}
+th, td {{ text-align: right; padding: 3px 16px 3px 0; border-bottom: 1px solid var(--faint); font-weight: normal; }}
+th {{ color: var(--muted); vertical-align: bottom; }}
+th:first-child, td:first-child, .left {{ text-align: left; }}
+td {{ white-space: pre; }}
+.bar {{ display: inline-block; height: 9px; background: var(--head); border-radius: 2px; }}
+.wide {{ overflow-x: auto; }}
+.figure {{ overflow-x: auto; margin: 12px 0; }}
+.note, footer {{ color: var(--muted); font-size: 13px; overflow-wrap: anywhere; }}
+code {{ font-size: 13px; overflow-wrap: anywhere; white-space: pre-wrap; }}
 """
 
-
-def density_page(curve: DensityCurve, *, faithfulness: float = 0.9) -> str:
-    """A page on one prediction or task: what is asked, the minimal sizes, the curve, the circuit at one faithfulness.
-
-    Args:
-        curve: What to show; no model is run.
-        faithfulness: What the circuit that is drawn has to reach, as for `DensityCurve.circuit`.
-    """
-    circuit = curve.circuit(faithfulness=faithfulness)
-    if isinstance(circuit.graph, ComponentGraph):
-        return _task_page(curve, circuit, faithfulness)
-    texts = curve.provenance.texts
-    prompt = "".join(f"<span>{html.escape(visible(text))}</span>" for text in texts)
-    summary = (
-        f"The model's most probable token (p = {curve.top_probability:.2f}, entropy {curve.entropy:.2f} nats). "
-        f"{circuit.n_edges:,} of {curve.n_edges:,} edges ({percent(circuit.fraction)}) are enough for a faithfulness "
-        f"of {faithfulness:g}. Density (area under the curve): {curve.auc:.2f}."
-    )
-    body = [
-        "<h1>How much of the model does this prediction need?</h1>",
-        f'<p class="prompt">{prompt}<span class="prediction">{html.escape(visible(curve.top_text))}</span></p>',
-        f"<p>{html.escape(summary)}</p>",
-        f'<div class="table">{curve.html_table()}</div>',
-        _div(plot_curve(curve), "curve", min_width=560),
-        _div(plot_circuit(circuit, prediction=curve.top_text), "circuit", min_width=max(560, 120 + 16 * len(texts))),
-        f"<footer>{_provenance(curve)}</footer>",
-    ]
-    return _page(f"{visible(curve.top_text)} after {visible(curve.provenance.prompt)}", "\n".join(body))
-
-
-def _task_page(curve: DensityCurve, circuit: Circuit, faithfulness: float) -> str:
-    task = curve.provenance.named_task
-    name = visible(curve.provenance.prompt if task is None else task.name)
-    summary = (
-        f"{curve.summary()}. {circuit.n_edges:,} edges ({percent(circuit.fraction)}) are enough for a faithfulness of "
-        f"{faithfulness:g}; {circuit.pruned_size:,} of them are on a path from the input to the logits."
-    )
-    pairs = ""
-    if task is not None and task.answer is not None:
-        pairs = f'<div class="table">{task.to_dataframe().head(5).to_html(index=False, border=0)}</div>'
-    body = [
-        f"<h1>How much of the model does '{html.escape(name)}' need?</h1>",
-        f"<p>{html.escape(summary)}</p>",
-        f'<div class="table">{curve.html_table()}</div>',
-        pairs,
-        _div(plot_curve(curve), "curve", min_width=560),
-        _div(plot_component(circuit), "circuit", min_width=560),
-        f"<footer>{_provenance(curve)}</footer>",
-    ]
-    return _page(name, "\n".join(body))
+# Every colour of a figure has a counterpart, so that the other theme needs no second figure.
+_SCRIPT = """
+const counterparts = COUNTERPARTS, root = document.documentElement;
+const back = Object.fromEntries(Object.entries(counterparts).map(([light, dark]) => [dark, light]));
+function recoloured(value, key, map) {
+  if (typeof value === "string") {
+    if (/(color|colorscale)$/.test(key)) return map[value] || value;
+    return value.replace(/(<span style="color:)(#[0-9A-F]{6})(?=">)/g, (_, tag, old) => tag + (map[old] || old));
+  }
+  if (Array.isArray(value)) return value.map(part => recoloured(part, key, map));
+  if (value && Object.getPrototypeOf(value) === Object.prototype)
+    return Object.fromEntries(Object.entries(value).map(([name, part]) => [name, recoloured(part, name, map)]));
+  return value;
+}
+function show(dark) {
+  if (dark === root.classList.contains("dark")) return;
+  root.classList.toggle("dark", dark);
+  const map = dark ? counterparts : back;
+  for (const figure of document.querySelectorAll(".js-plotly-plot"))
+    Plotly.react(figure, recoloured(figure.data, "", map), recoloured(figure.layout, "", map));
+}
+const preferred = matchMedia("(prefers-color-scheme: dark)");
+preferred.addEventListener("change", event => show(event.matches));
+document.getElementById("theme").addEventListener("click", () => show(!root.classList.contains("dark")));
+show(preferred.matches);
+"""
 
 
 def write_html(figure: go.Figure | str, path: str | PathLike[str]) -> None:
@@ -88,55 +79,85 @@ def write_html(figure: go.Figure | str, path: str | PathLike[str]) -> None:
     An interrupted write leaves the old file as it was.
 
     Args:
-        figure: A figure, or what `density_page` returns.
+        figure: A figure, or a page.
         path: Where to.
 
     Raises:
         ValueError: If there is no such folder.
     """
-    replace_file(
-        path, figure if isinstance(figure, str) else _page("tracedensity", _div(figure, "figure", min_width=320))
-    )
+    replace_file(path, figure if isinstance(figure, str) else page("tracedensity", [figure_div(figure, "figure")]))
 
 
-def _page(title: str, body: str) -> str:
+def page(title: str, body: Sequence[str]) -> str:
+    """A page of parts that are HTML already; `title` is plain text."""
+    script = _SCRIPT.replace("COUNTERPARTS", json.dumps(DARK))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n"
-        f"<script>{get_plotlyjs()}</script>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+        f"<title>{html.escape(visible(title))}</title>\n<style>{_STYLE}</style>\n"
+        f"<script>{get_plotlyjs()}</script>\n</head>\n<body>\n<main>\n"
+        '<button id="theme" type="button">light / dark</button>\n'
+        + "\n".join(body)
+        + f"\n</main>\n<script>{script}</script>\n</body>\n</html>\n"
     )
 
 
-def _div(figure: go.Figure, name: str, min_width: int) -> str:
-    """A figure without plotly.js; a narrow window scrolls it rather than squeezing it below `min_width` px."""
-    height = figure.to_dict()["layout"].get("height", 500)
-    drawn = figure.to_html(
-        full_html=False,
-        include_plotlyjs=False,
-        include_mathjax=False,
-        div_id=name,  # not at random: the same result makes the same page
-        default_height=f"{height}px",
-        config={"displaylogo": False, "responsive": True, "toImageButtonOptions": {"format": "svg", "filename": name}},
+def figure_div(figure: go.Figure, name: str) -> str:
+    """A light figure without plotly.js; a window in which it does not fit scrolls it rather than squeezing it.
+
+    Args:
+        figure: As `finished` leaves it.
+        name: Its own on the page, and that of an image of it.
+    """
+    layout = figure.layout
+    height, min_width = layout.height or 500, (layout.meta or {}).get("min_width", NARROW) - 32
+    drawn = (
+        go.Figure(figure)
+        .update_layout(width=None)
+        .to_html(
+            full_html=False,
+            include_plotlyjs=False,
+            include_mathjax=False,
+            div_id=name,  # not at random: the same result makes the same page
+            default_height=f"{height}px",
+            config={
+                "displaylogo": False,
+                "responsive": True,
+                "toImageButtonOptions": {"format": "svg", "filename": name},
+            },
+        )
     )
     return f'<div class="figure"><div style="min-width:{min_width}px;height:{height}px">{drawn}</div></div>'
 
 
-def _provenance(curve: DensityCurve) -> str:
-    about = curve.provenance
-    conditions = curve.conditions
-    if isinstance(curve.ranking.graph, ComponentGraph):
-        how = f"effects on {about.metric or 'nothing'}, absent edges carry {conditions.ablation} values."
-    else:
-        how = (
-            f"skip connections {'all kept' if conditions.keep_residual else 'ablated like other edges'}, "
-            f"attention {conditions.attention}."
+def text_line(texts: Sequence[str], prediction: str | None = None, shares: Sequence[float] | None = None) -> str:
+    """The tokens of a prompt, each the bluer the larger its share, and what is predicted after them."""
+    most = max(shares or [1.0]) or 1.0
+    words = []
+    for place, text in enumerate(texts):
+        style = ""
+        if shares is not None:
+            alpha = 0.6 * shares[place] / most
+            style = f' style="background:rgba(86,180,233,{alpha:.2f})" title="{shares[place]:.1%}"'
+        words.append(f"<span{style}>{html.escape(visible(text))}</span>")
+    if prediction is not None:
+        words.append(f'<span class="prediction">{html.escape(visible(prediction))}</span>')
+    return f'<p class="text">{"".join(words)}</p>'
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], left: Sequence[int] = ()) -> str:
+    """A table of plain text; the columns numbered in `left`, and the first, begin at the left."""
+    marked = ['<{tag} class="left">' if place in left else "<{tag}>" for place in range(len(columns))]
+    head = "".join(
+        f"{mark.format(tag='th')}{html.escape(name)}</th>" for mark, name in zip(marked, columns, strict=True)
+    )
+    body = "".join(
+        "<tr>"
+        + "".join(
+            f"{mark.format(tag='td')}{html.escape(visible(str(cell)))}</td>"
+            for mark, cell in zip(marked, row, strict=True)
         )
-    first = "" if about.task is None or len(about.task) == 1 else " of the first prompt"
-    lines = [
-        f"Model {about.model} ({about.fingerprint}), token ids{first} {list(about.token_ids)}.",
-        f"Edges scored by {about.method}, ordered by {curve.ranking.family}, metric {curve.metric}, seed {about.seed}, "
-        + how,
-        "Minimal sizes are those of the circuits that were run, and upper bounds on the true minimum.",
-    ]
-    return "<br>".join(html.escape(line) for line in lines)
+        + "</tr>"
+        for row in rows
+    )
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -1,4 +1,4 @@
-"""The look of all figures: one template, the colours in light and dark, and how text of prompts and tokens is written."""
+"""The look of all figures: one template, colours in light and dark, and how text of prompts and tokens is written."""
 
 import html
 import re
@@ -54,6 +54,7 @@ WIDTHS = ((0.0, 1.0), (0.05, 1.8), (0.2, 3.2), (0.5, 5.0))
 NARROW = 400
 """Width (px) in which titles and legends fit; labels of many tokens need more, see `finished`."""
 
+SLIDER = 84  # px that a slider needs
 TOOLBAR = 28  # px above the title, where plotly's tool bar appears
 _TITLE_LINE, _SUBTITLE_LINE, _LEGEND_LINE = 20, 15, 20  # px
 
@@ -141,13 +142,13 @@ def finished(
 
     Args:
         figure: What is drawn; its legend stands below the axis.
-        title: First line, plain text.
+        title: First line, plain text; may ask for more lines.
         about: Parts of the second line, plain text; as many lines as they need.
         plot_height: Height of the part between the axes (px).
         theme: "light" or "dark".
         remark: A sentence below these lines: what is not drawn.
         above: Room for what stands between title and plot (px).
-        below: Room for what stands between plot and legend (px): ticks, a title of the axis, a slider.
+        below: Room for ticks and title of the axis below (px); a slider and the legend come next.
         left: Room at the left.
         right: Room at the right.
         min_width: Width (px) below which labels would overlap. Where that is more than `NARROW`, the figure has this
@@ -158,20 +159,24 @@ def finished(
     """
     if theme not in ("light", "dark"):
         raise ValueError(f"`theme` must be 'light' or 'dark', got {theme!r}.")
-    titles, subtitles = _wrapped([title], 44), [*_wrapped(about, 60), *textwrap.wrap(remark, 60)]
+    wide = max(min_width, NARROW) / NARROW
+    titles = _wrapped(title.split("\n"), int(44 * wide), joined=False)
+    subtitles = [*_wrapped(about, int(60 * wide)), *textwrap.wrap(remark, int(60 * wide))]
     top = TOOLBAR + _TITLE_LINE * len(titles) + _SUBTITLE_LINE * len(subtitles) + 20 + above
     names = [trace.name or "" for trace in figure.data if trace.showlegend is not False and trace.visible is not False]
     columns = max(1, int((NARROW - 24) / (44 + 6 * max(map(len, names), default=0))))
+    axis_room, below = below, below + SLIDER * len(figure.layout.sliders)
     bottom = below + _LEGEND_LINE * -(-len(names) // columns) + 8 * bool(names)
     figure.update_layout(
         template=TEMPLATE,
-        title={"text": _written(titles), "subtitle": {"text": _written(subtitles)}},
+        title={"text": written(titles), "subtitle": {"text": written(subtitles)}},
         height=round(plot_height + top + bottom),
         width=min_width if min_width > NARROW else None,
         margin={"t": top, "b": bottom, "l": left, "r": right},
         legend={"y": -below / plot_height},
         meta={"min_width": min_width},
     )
+    figure.update_layout(sliders=[{"y": -axis_room / plot_height}] * len(figure.layout.sliders))
     return figure if theme == "light" else dark(figure)
 
 
@@ -198,18 +203,19 @@ def _recoloured(value: Any, key: str = "") -> Any:
     return _IN_TEXT.sub(lambda found: DARK.get(found[0], found[0]), value)
 
 
-def _wrapped(parts: Sequence[str], length: int) -> list[str]:
+def _wrapped(parts: Sequence[str], length: int, joined: bool = True) -> list[str]:
     """Parts on lines of at most so many characters, broken between parts where that is possible."""
     lines: list[str] = []
     for part in filter(None, parts):
-        if lines and len(lines[-1]) + 3 + len(part) <= length:
+        if joined and lines and len(lines[-1]) + 3 + len(part) <= length:
             lines[-1] += " · " + part
         else:
             lines += textwrap.wrap(part, length)
     return lines
 
 
-def _written(lines: Sequence[str]) -> str:
+def written(lines: Sequence[str]) -> str:
+    """Plain text on several lines, as plotly takes it."""
     return "<br>".join(map(label, lines))
 
 

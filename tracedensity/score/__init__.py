@@ -29,6 +29,9 @@ from tracedensity.task import Task
 
 if TYPE_CHECKING:
     import pandas as pd
+    import plotly.graph_objects as go
+
+    from tracedensity.plot import Theme
 
 
 _GRADIENTS = ("eap", "eap-ig", "eap-ig-layers")
@@ -117,6 +120,12 @@ class Scores:
         best = flatten(self.graph, self.importance()).topk(min(k, len(flat))).indices
         kinds, edges = zip(*(edge_at(self.graph, number) for number in best.tolist()), strict=True)
         return pd.DataFrame({"edge": edges, "kind": kinds, "score": flat[best].tolist()})
+
+    def plot(self, *, over: str = "head", minus: "Scores | None" = None, theme: "Theme | str" = "light") -> "go.Figure":
+        """How important the edges of each head, or of each token's states, are together: see `plot_heatmap`."""
+        from tracedensity.plot import plot_heatmap
+
+        return plot_heatmap(self, over=over, minus=minus, theme=theme)
 
     def __repr__(self) -> str:
         return f"Scores({self.graph.n_edges} edges, {self.provenance})"

@@ -1,0 +1,162 @@
+"""Groups of edges: which layer and part of a model, which head or which token each edge belongs to."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tracedensity.graph import Graph
+from tracedensity.graph.component import ComponentGraph
+from tracedensity.graph.token import TokenGraph
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """The edges of a graph, sorted into the cells of a table.
+
+    Attributes:
+        graph: What the edges are.
+        rows: What rows are called, the lowest layer first.
+        columns: What columns are called.
+        cell: For each kind of edge its cell, counted along the rows, in the shape of the graph's tensors; -1 for
+            edges that belong to no cell. What it says of entries that are no edges is of no account.
+    """
+
+    graph: Graph
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    cell: Mapping[str, Int[Tensor, "..."]]
+
+    @property
+    def n_edges(self) -> Int[Tensor, "row column"]:
+        """How many edges each cell has."""
+        return self.total(self.graph.exists).nan_to_num().long()
+
+    def total(self, values: Mapping[str, Tensor]) -> Float[Tensor, "row column"]:
+        """Sum over the edges of each cell, NaN where there are none; of booleans how many are true."""
+        return self._reduced(values, "sum", 0.0)
+
+    def least(self, values: Mapping[str, Tensor]) -> Float[Tensor, "row column"]:
+        """Smallest value among the edges of each cell, NaN where there are none."""
+        return self._reduced(values, "amin", torch.inf)
+
+    def _reduced(
+        self, values: Mapping[str, Tensor], how: Literal["sum", "amin"], start: float
+    ) -> Float[Tensor, "row column"]:
+        n_cells = len(self.rows) * len(self.columns)
+        table = torch.full((n_cells,), start, dtype=torch.float64)
+        empty = torch.ones(n_cells, dtype=torch.bool)
+        for kind, exists in self.graph.exists.items():
+            cell, value = self.cell[kind][exists], values[kind].cpu()[exists].double()
+            some = cell >= 0
+            table.scatter_reduce_(0, cell[some], value[some], how)
+            empty[cell[some]] = False
+        return table.masked_fill(empty, torch.nan).view(len(self.rows), len(self.columns))
+
+
+def by_part(graph: Graph) -> Groups:
+    """Edges by layer and by part of the model.
+
+    On the token graph the layer is that of the sublayer to which an edge belongs, and the part what the edge is: of a
+    head, of an MLP (or a neuron of it), or a skip connection. On the component graph the layer is that of the reader,
+    the last one for the logits, and the part is the writer's.
+    """
+    graph = _known(graph)
+    layers = _layers(graph)
+    if isinstance(graph, ComponentGraph):
+        parts = ("embedding", "heads", "MLPs")[: 2 + graph.has_mlp]
+        part = _of_writers(graph, 1, 2)
+        part[0] = 0
+        layer = torch.arange(graph.n_readers) // graph.per_layer
+        cells = {"edge": part[:, None] + len(parts) * layer.clamp(max=graph.n_layers - 1)}
+    else:
+        parts = ("heads", "MLPs", "skip connections") if graph.has_mlp else ("heads", "skip connections")
+        of_kind = {"head": 0, "mlp": 1, "neuron": 1, "resid_attn": len(parts) - 1, "resid_mlp": len(parts) - 1}
+        cells = {kind: torch.arange(graph.n_layers) * len(parts) + of_kind[kind] for kind in graph.shapes}
+    return Groups(graph, layers, parts, _spread(graph, cells))
+
+
+def by_head(graph: Graph) -> Groups:
+    """Edges by layer and by head of the layer, with a last column for its MLP, if there is one.
+
+    On the component graph an edge belongs to the head or MLP that writes it; those that the embedding writes belong to
+    no cell. So do skip connections.
+    """
+    graph = _known(graph)
+    columns = (*(f"h{head}" for head in range(graph.n_heads)), *["MLP"] * graph.has_mlp)
+    heads = torch.arange(graph.n_layers * len(columns)).view(graph.n_layers, -1)
+    if isinstance(graph, ComponentGraph):
+        cells = {"edge": _of_writers(graph, heads[:, : graph.n_heads], heads[:, -1:])}
+    else:
+        cells = {"head": heads[:, : graph.n_heads], "mlp": heads[:, -1], "neuron": heads[:, -1]}
+    return Groups(graph, _layers(graph), columns, _spread(graph, cells))
+
+
+def by_token(graph: Graph) -> Groups:
+    """Edges by sublayer and by token.
+
+    Rows are the attention and the MLP of each layer, such as ``a3`` and ``m3``. On the token graph an edge of a head
+    belongs to the token that it brings something to, and skip connections belong to no cell: with them every state's
+    shares would add up to 1. On the component graph an edge belongs to the sublayer that reads it, at the token where
+    it does, and the logits are a row of their own.
+
+    Raises:
+        ValueError: If the graph does not tell tokens apart.
+    """
+    graph = _known(graph)
+    if graph.n_pos is None:
+        raise ValueError(
+            "`over` must be 'head' for a component graph whose positions are summed, got 'token'. For tokens, make it "
+            "with `positions=True`."
+        )
+    per_layer = 2 if graph.has_mlp else 1
+    rows = [f"{sublayer}{layer}" for layer in range(graph.n_layers) for sublayer in "am"[:per_layer]]
+    pos = torch.arange(graph.n_pos)
+    if isinstance(graph, ComponentGraph):
+        rows.append("logits")
+        row = torch.full((graph.n_readers,), len(rows) - 1)
+        for layer in range(graph.n_layers):
+            for place, names in enumerate(("qkv", ["mlp"])):
+                for name in names:
+                    row[graph.readers_of(name, layer)] = per_layer * layer + place
+        cells = {"edge": (row[:, None] * graph.n_pos + pos).expand(graph.n_writers, -1, -1)}
+    else:
+        state = torch.arange(len(rows) * graph.n_pos).view(graph.n_layers, per_layer, -1)
+        cells = {"head": state[:, None, 0], "mlp": state[:, -1], "neuron": state[:, -1]}
+    return Groups(graph, tuple(rows), tuple(map(str, pos.tolist())), _spread(graph, cells))
+
+
+def _known(graph: Graph) -> TokenGraph | ComponentGraph:
+    if not isinstance(graph, TokenGraph | ComponentGraph):
+        raise ValueError(f"`graph` must be a TokenGraph or a ComponentGraph, got {type(graph).__name__}.")
+    return graph
+
+
+def _layers(graph: TokenGraph | ComponentGraph) -> tuple[str, ...]:
+    return tuple(map(str, range(graph.n_layers)))
+
+
+def _of_writers(
+    graph: ComponentGraph, heads: Int[Tensor, "layer head"] | int, mlps: Int[Tensor, "layer 1"] | int
+) -> Int[Tensor, " writer"]:
+    """A number for each writer: given those of heads and MLPs, whose neurons share one, and -1 for the embedding."""
+    of_layer = torch.cat([
+        torch.as_tensor(heads).expand(graph.n_layers, graph.n_heads),
+        torch.as_tensor(mlps).expand(graph.n_layers, graph.per_mlp),
+    ], dim=1)  # fmt: skip
+    return torch.cat([torch.tensor([-1]), of_layer.flatten()])
+
+
+def _spread(graph: Graph, cells: Mapping[str, Int[Tensor, "..."]]) -> dict[str, Int[Tensor, "..."]]:
+    """Cells of all edges, given those for the first axes of each kind's tensor, -1 for other kinds.
+
+    These are views, which take no memory.
+    """
+    spread = {}
+    for kind, shape in graph.shapes.items():
+        cell = cells.get(kind, torch.tensor(-1))
+        spread[kind] = cell[(..., *[None] * (len(shape) - cell.dim()))].expand(shape)
+    return spread

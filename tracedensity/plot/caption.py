@@ -1,0 +1,39 @@
+"""Captions: what figures say of the thing that they are about."""
+
+from tracedensity.graph.circuit import Circuit
+from tracedensity.plot.theme import percent, plain, quoted
+from tracedensity.provenance import Provenance
+
+
+def asked(provenance: Provenance) -> str:
+    """The task and its size, or the prompt in quotation marks; still to be a `label`."""
+    task = provenance.named_task
+    if task is None:
+        return quoted(provenance.prompt)
+    unit = "prompt" if task.corrupted is None else "pair"
+    return f"{plain(task.name)} ({len(task):,} {unit}{'s' * (len(task) != 1)})"
+
+
+def scored(provenance: Provenance) -> str:
+    """How edges were scored, on which model; still to be a `label`."""
+    return f"{plain(provenance.method)} on {plain(provenance.model)}"
+
+
+def size_of(circuit: Circuit) -> str:
+    """Size and faithfulness, on two lines; still to be a `label`."""
+    measured = "not run" if circuit.faithfulness is None else f"faithfulness {circuit.faithfulness:.3f}"
+    return f"{circuit.n_edges:,} of {circuit.graph.n_edges:,} edges ({percent(circuit.fraction)}),\n{measured}"
+
+
+def about(circuit: Circuit) -> list[str]:
+    """What a circuit was chosen for, and how it is run; still to be a `label`."""
+    made = circuit.provenance
+    metric = made.metric if circuit.faithfulness is None or circuit.metric == "tv" else circuit.metric
+    return [
+        asked(made),
+        scored(made),
+        *([f"metric {plain(metric)}"] * bool(metric)),
+        *([f"{plain(circuit.ablation)} ablation"] * (circuit.ablation != "zero")),
+        *(["all skips kept when run"] * circuit.keep_residual),
+        *(["absent attention edges not ablated"] * (circuit.attention == "open")),
+    ]

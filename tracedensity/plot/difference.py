@@ -1,0 +1,61 @@
+"""The figure of two circuits on one graph: which edges both have, and which only one of them."""
+
+import plotly.graph_objects as go
+
+from tracedensity.graph.circuit import Circuit
+from tracedensity.graph.component import ComponentGraph
+from tracedensity.plot import circuit as tokens_across
+from tracedensity.plot import component as heads_across
+from tracedensity.plot.caption import asked, scored
+from tracedensity.plot.theme import COLOURS, MUTED, Theme, label, plain
+from tracedensity.score import Scores
+
+
+def plot_difference(
+    first: Circuit,
+    second: Circuit,
+    *,
+    names: tuple[str, str] = ("first", "second"),
+    scores: Scores | None = None,
+    theme: Theme | str = "light",
+) -> go.Figure:
+    """Two circuits in one picture: grey what both have, blue and orange what only the first or the second has.
+
+    Where a line or bar stands for several edges (positions, neurons), it is one of both circuits if each has one of
+    them. For circuits on prompts of different lengths, whose graphs are different ones, compare heads: `plot_heatmap`.
+
+    Args:
+        first: A circuit, of either graph.
+        second: Another one of the same graph.
+        names: What to call them.
+        scores: Scores of the same edges: the more important an edge, the wider its line.
+        theme: "light" or "dark".
+
+    Raises:
+        ValueError: If the circuits are not of the same graph.
+    """
+    if first.graph != second.graph:
+        raise ValueError(
+            f"`second` must be a circuit of the same graph as the first, {first.graph}, got {second.graph}. "
+            "Heads of circuits on different prompts are compared by `plot_heatmap(first, minus=second)`."
+        )
+    n_both, n_first, n_second = ((first & second).n_edges, (first - second).n_edges, (second - first).n_edges)
+    one, other = (plain(name, 24) for name in names)
+    title = f"{n_both:,} edges of both, {n_first:,} only of {one},\n{n_second:,} only of {other}"
+    prompts = list(dict.fromkeys(asked(circuit.provenance) for circuit in (first, second)))
+    about = [*prompts, *dict.fromkeys(scored(circuit.provenance) for circuit in (first, second))]
+    about.append(f"Jaccard overlap {first.jaccard(second):.2f}")
+    groups = {"both": MUTED, f"only {label(one)}": COLOURS["head"], f"only {label(other)}": COLOURS["mlp"]}
+    union = first | second
+    if isinstance(first.graph, ComponentGraph):
+        return heads_across.drawn(union, scores, title, about, theme, (first, second), list(groups.items()))
+    tokens_across.require_same_graph(union, scores)
+    drawn, which = tokens_across.strongest(union, scores, None)
+    edges = tokens_across.edges_of(drawn, scores=scores)
+    in_first, in_second = (tokens_across.among(edges, circuit) for circuit in (first, second))
+    edges["group"] = [list(groups)[0 if a and b else 1 if a else 2] for a, b in zip(in_first, in_second, strict=True)]
+    remark = which and f"of {union.n_edges:,} edges only {which} are drawn"
+    picture = tokens_across.Picture(tokens_across.token_graph(union), first.provenance.texts, edges, groups)
+    figure = go.Figure([trace for trace in picture.traces() if len(trace.x)])
+    figure.add_traces(picture.legend(signed=scores is not None and scores.helpful != 0))
+    return picture.framed(figure, title, about, remark=remark, theme=theme)

@@ -1,0 +1,271 @@
+"""The page of a report, and the shorter one of a curve alone."""
+
+import html
+from collections.abc import Sequence
+
+import plotly.graph_objects as go
+
+from tracedensity.curve import DensityCurve
+from tracedensity.graph.circuit import Circuit
+from tracedensity.graph.component import ComponentGraph
+from tracedensity.plot.caption import asked
+from tracedensity.plot.comparison import plot_curves
+from tracedensity.plot.component import plot_component
+from tracedensity.plot.composition import plot_composition
+from tracedensity.plot.curve import plot_curve
+from tracedensity.plot.difference import plot_difference
+from tracedensity.plot.growth import plot_growth
+from tracedensity.plot.heatmap import plot_heatmap
+from tracedensity.plot.page import figure_div, page, table, text_line
+from tracedensity.plot.theme import percent, quoted, rounded, visible
+from tracedensity.report import MOST, Finding, Report
+from tracedensity.score import Scores
+from tracedensity.unembedding import TopTokens
+
+
+def density_page(curve: DensityCurve, *, faithfulness: float = 0.9) -> str:
+    """A page on one prediction or task, of what a curve holds: minimal sizes, the curve, circuits, their composition.
+
+    Args:
+        curve: What to show; no model is run. `td.report` makes a page that says more.
+        faithfulness: What the circuit that is shown first has to reach, as for `DensityCurve.circuit`.
+    """
+    circuit = curve.circuit(faithfulness=faithfulness)
+    body = [
+        f"<h1>{_question(curve)}</h1>",
+        _prompt(curve),
+        f"<p>{_enough(curve, circuit, faithfulness)} {html.escape(curve.summary())}.</p>",
+        *_curve_section(curve, ""),
+        *_circuit_section(curve, circuit, faithfulness, None, None, ""),
+        *_composition_section(curve, ""),
+        *_provenance(curve),
+    ]
+    return page(_name(curve), body)
+
+
+def report_page(report: Report) -> str:
+    """The page of a report."""
+    findings = report.findings
+    several = len(findings) > 1
+    suffixes = [f"-{number + 1}" if several else "" for number in range(len(findings))]
+    body = [
+        f"<h1>{'How much of the model do these two need?' if several else _question(findings[0].curve)}</h1>",
+        '<div class="side">',
+        *(f"<div>{_short(finding, report.faithfulness)}</div>" for finding in findings),
+        "</div>",
+    ]
+    if several:
+        body += _comparison(findings)
+    for finding, suffix in zip(findings, suffixes, strict=True):
+        curve = finding.curve
+        if several:
+            body.append(f"<h1>{html.escape(_name(curve))}</h1>")
+        body += [
+            *_curve_section(curve, suffix),
+            *_circuit_section(
+                curve,
+                finding.circuit,
+                report.faithfulness,
+                finding.scores,
+                finding.tokens,
+                suffix,
+                MOST // len(findings),
+            ),
+            *_composition_section(curve, suffix),
+            *_nodes_section(finding, suffix),
+        ]
+    body += ["<h2>Provenance</h2>", *(_provenance(finding.curve) for finding in findings)]
+    made = ", ".join(f"{name} {number}" for name, number in report.versions.items())
+    body.append(f'<p class="note">{html.escape(made)}. To make it again:</p>')
+    body.append(f"<p><code>{html.escape(visible(report.command))}</code></p>")
+    return page(" and ".join(_name(finding.curve) for finding in findings), body)
+
+
+# -- sections --------------------------------------------------------------------------------------
+
+
+def _short(finding: Finding, faithfulness: float) -> str:
+    """What is predicted, and the three answers that a reader wants first."""
+    curve, circuit = finding.curve, finding.circuit
+    flow = finding.flow
+    shares = None if flow is None else (flow.origins / flow.origins.sum().clamp(min=1e-12)).tolist()
+    parts = [_prompt(curve, shares)]
+    if finding.candidates:
+        rows = "".join(
+            f'<tr><td class="left">{html.escape(quoted(text, 24))}</td><td>{share:.3f}</td>'
+            f'<td class="left"><span class="bar" style="width:{120 * share:.0f}px"></span></td></tr>'
+            for text, share in finding.candidates
+        )
+        parts.append(
+            '<table><thead><tr><th>next token</th><th>probability</th><th class="left">'
+            f"entropy {curve.entropy:.2f} nats</th></tr></thead><tbody>{rows}</tbody></table>"
+        )
+    else:
+        parts.append(f"<p>{html.escape(curve.summary())}.</p>")
+    answers = [_enough(curve, circuit, faithfulness)]
+    heads = finding.nodes[~finding.nodes["node"].str.startswith("m") & (finding.nodes["loss"] > 0)].head(3)
+    if len(heads):
+        left = [
+            f"<b>{name}</b> ({value:.2f})" for name, value in zip(heads["node"], heads["faithfulness"], strict=True)
+        ]
+        answers.append(
+            f"The heads that it can least do without, and how faithful it is without each: {', '.join(left)}."
+        )
+    elif not len(finding.nodes[~finding.nodes["node"].str.startswith("m")]):
+        answers.append("It has no heads: nothing is moved from one token to another.")
+    else:
+        answers.append("It can do without any one of its heads.")
+    if shares is not None and sum(shares):
+        texts = curve.provenance.texts
+        order = sorted(range(len(shares)), key=lambda place: -shares[place])[:3]
+        came = [
+            f"<b>{html.escape(quoted(texts[place], 24))}</b> ({shares[place]:.0%})" for place in order if shares[place]
+        ]
+        answers.append(f"The information comes from {', '.join(came)}: the bluer a token above, the more.")
+    parts += [f"<p>{answer}</p>" for answer in answers]
+    return "\n".join(parts)
+
+
+def _comparison(findings: Sequence[Finding]) -> list[str]:
+    first, second = findings
+    body = ["<h2>Side by side</h2>", figure_div(plot_curves([each.curve for each in findings]), "compared")]
+    if first.circuit.graph == second.circuit.graph:
+        figure = plot_difference(first.circuit, second.circuit)
+    elif type(first.circuit.graph) is type(second.circuit.graph):
+        figure = plot_heatmap(first.circuit, minus=second.circuit)
+    else:
+        return body
+    return [*body, "<p>Where the two circuits differ:</p>", figure_div(figure, "difference")]
+
+
+def _curve_section(curve: DensityCurve, suffix: str) -> list[str]:
+    return [
+        "<h2>How faithful a circuit of each size is</h2>",
+        f'<div class="wide">{curve.html_table()}</div>',
+        figure_div(plot_curve(curve), f"curve{suffix}"),
+    ]
+
+
+def _circuit_section(
+    curve: DensityCurve,
+    circuit: Circuit,
+    faithfulness: float,
+    scores: Scores | None,
+    tokens: TopTokens | None,
+    suffix: str,
+    most: int = MOST,
+) -> list[str]:
+    if isinstance(circuit.graph, ComponentGraph):
+        note = f"{circuit.pruned_size:,} of its edges are on a path from the input to the logits."
+        figure: go.Figure = plot_component(circuit, scores=scores)
+    else:
+        note = "The slider shows circuits of other sizes."
+        figure = plot_growth(curve, scores=scores, tokens=tokens, faithfulness=faithfulness, max_edges=most)
+    return ["<h2>The circuit</h2>", f"<p>{note}</p>", figure_div(figure, f"circuit{suffix}")]
+
+
+def _composition_section(curve: DensityCurve, suffix: str) -> list[str]:
+    return ["<h2>What circuits are made of</h2>", figure_div(plot_composition(curve), f"composition{suffix}")]
+
+
+def _nodes_section(finding: Finding, suffix: str, most: int = 12) -> list[str]:
+    body = ["<h2>Which heads and neurons</h2>", figure_div(plot_heatmap(finding.curve.ranking), f"entry{suffix}")]
+    body.append(
+        "<p>What each head and MLP of the circuit is worth, by running the circuit without it; the most needed first."
+        + (
+            " The flow is what scores say of it: how much of all that the prediction is made of passes through."
+            if finding.flow
+            else ""
+        )
+        + "</p>"
+    )
+    columns = ["head or MLP", "edges", "faithfulness without it"]
+    if finding.flow is not None:
+        columns += ["share of the flow", "most of it", "says"]
+    rows = [
+        [*_node(finding, *row)]
+        for row in finding.nodes.head(most)[["node", "size", "faithfulness"]].itertuples(index=False)
+    ]
+    body.append(table(columns, rows, left=(4, 5)))
+    if len(finding.nodes) > most:
+        body.append(f'<p class="note">and {len(finding.nodes) - most:,} more</p>')
+    if finding.neurons is not None:
+        texts = finding.curve.provenance.texts
+        body.append(
+            f"<p>Neurons of the whole model, at each token: by how much the log probability of "
+            f"{html.escape(quoted(finding.curve.top_text, 24))} would change without them, to first order.</p>"
+        )
+        rows = [
+            [name, f"{quoted(texts[place], 24)} ({place})", f"{effect:+.3f}"]
+            for name, place, effect in finding.neurons.itertuples(index=False)
+        ]
+        body.append(table(["neuron", "at", "change of log probability (nats)"], rows, left=(1,)))
+    return body
+
+
+def _node(finding: Finding, name: str, size: int, faithfulness: float) -> list[str]:
+    """What a table says of a head or MLP: of its strongest edge where that leads, and what it says."""
+    row = [name, f"{size:,}", f"{faithfulness:.3f}"]
+    if finding.flow is None:
+        return row
+    graph, texts = finding.flow.graph, finding.curve.provenance.texts
+    kind = "head" if name.startswith("a") else "mlp" if "mlp" in graph.shapes else "neuron"
+    layer, *head = (int(number) for number in name[1:].split(".h"))
+    flow = finding.flow.edges[kind][(layer, *head)]
+    place = [int(each) for each in (flow == flow.max()).nonzero()[0]]
+    says = [] if finding.tokens is None else finding.tokens.of(kind, (layer, *head, *place))
+    way = quoted(texts[place[0]], 16)
+    if head:
+        way = f"{quoted(texts[place[1]], 16)} → {way}"
+    return [*row, f"{float(flow.sum()):.1%}", way, ", ".join(quoted(text, 16) for text in says)]
+
+
+# -- words -----------------------------------------------------------------------------------------
+
+
+def _question(curve: DensityCurve) -> str:
+    task = curve.provenance.named_task
+    what = "this prediction" if task is None else f"'{html.escape(visible(task.name))}'"
+    return f"How much of the model does {what} need?"
+
+
+def _name(curve: DensityCurve) -> str:
+    if curve.provenance.named_task is not None:
+        return asked(curve.provenance)
+    return f"{quoted(curve.top_text, 20)} after {quoted(curve.provenance.prompt)}"
+
+
+def _prompt(curve: DensityCurve, shares: Sequence[float] | None = None) -> str:
+    """The prompt and the prediction, or some pairs of the task."""
+    task = curve.provenance.named_task
+    if task is None:
+        return text_line(curve.provenance.texts, curve.top_text, shares)
+    shown = task.to_dataframe().head(5)
+    return table(list(shown.columns), shown.itertuples(index=False), left=range(len(shown.columns)))
+
+
+def _enough(curve: DensityCurve, circuit: Circuit, faithfulness: float) -> str:
+    measured = "" if circuit.faithfulness is None else f" (measured: {circuit.faithfulness:.3f})"
+    return (
+        f"<b>{circuit.n_edges:,} of {curve.n_edges:,} edges ({percent(circuit.fraction)})</b> suffice for "
+        f"{rounded(100 * faithfulness, 4)}% faithfulness{measured}."
+    )
+
+
+def _provenance(curve: DensityCurve) -> str:
+    about, conditions = curve.provenance, curve.conditions
+    if isinstance(curve.ranking.graph, ComponentGraph):
+        how = f"effects on {about.metric or 'nothing'}, absent edges carry {conditions.ablation} values."
+    else:
+        how = (
+            f"skip connections {'all kept' if conditions.keep_residual else 'ablated like other edges'}, "
+            f"attention {conditions.attention}, {conditions.ablation} ablation."
+        )
+    first = "" if about.task is None or len(about.task) == 1 else " of the first prompt"
+    lines = [
+        f"Model {about.model} ({about.fingerprint}), token ids{first} {list(about.token_ids)}.",
+        f"Edges scored by {about.method}, ordered by {curve.ranking.family}, metric {curve.metric}, seed {about.seed}, "
+        + how,
+        "Minimal sizes are those of the circuits that were run, and upper bounds on the true minimum.",
+    ]
+    return f'<p class="note">{"<br>".join(html.escape(visible(line)) for line in lines)}</p>'
