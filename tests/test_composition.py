@@ -197,7 +197,7 @@ class TestFigure:
         heads = figure.data[0]
         assert heads.name == "heads"
         assert list(heads.y) == pytest.approx([0, 0, 50, 100 * 42 / 57])
-        assert heads.text[2] == "heads 2 (50%, whole graph 73.7%)"
+        assert heads.text[2] == "heads 2 of 4 (50%, whole graph 73.7%)"
 
     def test_names_and_colours_say_part_and_layers(self):
         drawn = {trace.name: trace.fillcolor for trace in plot_composition(self.made).data}

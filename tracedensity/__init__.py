@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tracedensity import tasks
+    from tracedensity import plot, tasks
     from tracedensity.activations import Activations, capture
     from tracedensity.checks import completeness, minimality
     from tracedensity.curve import DensityCurve
@@ -18,10 +18,13 @@ if TYPE_CHECKING:
     from tracedensity.graph.token import TokenGraph
     from tracedensity.loading import load_model
     from tracedensity.refinement import refine
+    from tracedensity.reporting import Report, report
+    from tracedensity.routing import Flow, trace_flow
     from tracedensity.score import Scores, attribute
     from tracedensity.task import Examples, Task
     from tracedensity.tight import TightCurve
     from tracedensity.trust import Check
+    from tracedensity.unembedding import TopTokens, top_tokens
 
 __version__ = "0.1.0"
 
@@ -37,11 +40,14 @@ _PUBLIC = {
     "DensityCurve": "curve",
     "Evaluation": "evaluation",
     "Examples": "task",
+    "Flow": "routing",
     "Ranking": "extract",
+    "Report": "reporting",
     "Scores": "score",
     "Task": "task",
     "TightCurve": "tight",
     "TokenGraph": "graph.token",
+    "TopTokens": "unembedding",
     "attribute": "score",
     "capture": "activations",
     "completeness": "checks",
@@ -52,6 +58,9 @@ _PUBLIC = {
     "minimality": "checks",
     "read_benchmark": "exchange",
     "refine": "refinement",
+    "report": "reporting",
+    "top_tokens": "unembedding",
+    "trace_flow": "routing",
     "write_benchmark": "exchange",
     "write_graphml": "exchange",
 }
@@ -65,11 +74,14 @@ __all__ = [
     "DensityCurve",
     "Evaluation",
     "Examples",
+    "Flow",
     "Ranking",
+    "Report",
     "Scores",
     "Task",
     "TightCurve",
     "TokenGraph",
+    "TopTokens",
     "attribute",
     "capture",
     "completeness",
@@ -78,17 +90,21 @@ __all__ = [
     "load",
     "load_model",
     "minimality",
+    "plot",
     "read_benchmark",
     "refine",
+    "report",
     "tasks",
+    "top_tokens",
+    "trace_flow",
     "write_benchmark",
     "write_graphml",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "tasks":
-        return import_module("tracedensity.tasks")
+    if name in ("plot", "tasks"):
+        return import_module(f"tracedensity.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'tracedensity' has no attribute {name!r}; it has {', '.join(__all__)}.")
     return getattr(import_module(f"tracedensity.{_PUBLIC[name]}"), name)

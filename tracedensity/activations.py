@@ -308,7 +308,7 @@ class Activations:
 
     def _repr_html_(self) -> str:
         rows = "".join(
-            f"<tr><td>{name}</td><td>{_AXES[name]}</td><td>{' × '.join(map(str, values.shape))}</td>"
+            f"<tr><td>{name}</td><td>{_AXES[name]}</td><td>{', '.join(map(str, values.shape))}</td>"
             f"<td>{str(values.dtype).removeprefix('torch.')}</td></tr>"
             for name, values in self.values.items()
         )

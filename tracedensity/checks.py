@@ -65,8 +65,9 @@ def minimality(
         metric: The function that measures it, where it was measured by one of the user's own.
 
     Returns:
-        One row per edge (or `node`, with its `size` in edges), least needed first: `edge`, `loss` (faithfulness of the circuit minus that without the edge;
-        the circuit is minimal to this extent if all are positive), `faithfulness` without it.
+        One row per edge (or `node`, with its `size` in edges), least needed first: `edge`, `loss` (faithfulness of the
+        circuit minus that without it; the circuit is minimal to this extent if all are positive), `faithfulness`
+        without it.
 
     Raises:
         ValueError: If `model` is not the one that the circuit was found in, or `by` or the metric is not known.

@@ -3,10 +3,12 @@
 import io
 import json
 import logging
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -27,12 +29,16 @@ from tracedensity.choices import (
 )
 
 if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
     from tracedensity.graph.circuit import Circuit
 
 SHORTFALL = 1e-4
 """A circuit is verified if it is at most this much less faithful than its file says."""
 
 _CIRCUIT_AT = 0.9
+
+_arguments: list[str] = []  # the words of the command that is run
 
 app = typer.Typer(
     add_completion=False,
@@ -567,6 +573,146 @@ def convert(
 
 
 @app.command()
+def report(
+    prompt: PromptArgument = None,
+    compare: Annotated[
+        str | None, typer.Option(metavar="P", help="Another prompt to set beside it.", show_default=False)
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="The page to write.")] = Path("report.html"),
+    model: ModelOption = None,
+    graph: GraphOption = None,
+    task: TaskOption = None,
+    pairs: PairsOption = None,
+    n: CountOption = None,
+    solved: SolvedOption = False,
+    same_length: LengthOption = False,
+    method: Annotated[
+        DensityMethod | None,
+        typer.Option(help="How edges are scored, as for `density`.", show_default="norm; as for `circuit` on tasks"),
+    ] = None,
+    family: FamilyOption = None,
+    refine: Annotated[
+        bool | None,
+        typer.Option("--refine", help="Search for smaller circuits at every threshold.", show_default=False),
+    ] = None,
+    budget: BudgetOption = None,
+    metric: Annotated[
+        Literal[FaithfulnessMetric, Question] | None,
+        typer.Option(help="What faithfulness means.", show_default="tv; logit_diff for tasks"),
+    ] = None,
+    ablation: AblationOption = None,
+    keep_residual: Annotated[
+        bool | None, typer.Option("--keep-residual", help="Keep all skip connections.", show_default=False)
+    ] = None,
+    faithfulness: Annotated[
+        float | None,
+        typer.Option(metavar="F", help="What the circuit that is looked at has to reach.", show_default="0.9"),
+    ] = None,
+    position: PositionOption = None,
+    seed: SeedOption = None,
+    device: DeviceOption = None,
+) -> None:
+    """Write a page on a prediction: how much of the model it needs, which part, and why."""
+    _require_folders(out)
+    options = _given(
+        graph=_graph(graph, task, pairs), method=method, family=family, refine=refine, budget=budget, metric=metric,
+        ablation=ablation, keep_residual=keep_residual, faithfulness=faithfulness, position=position, seed=seed,
+    )  # fmt: skip
+    with _quiet():
+        loaded = td.load_model(**_given(name_or_model=model, device=device))
+        subject = _subject(loaded, prompt, task, pairs, n, solved, same_length, seed)
+        other = None if compare is None else _prompt(compare)
+        made = replace(td.report(loaded, subject, compare=other, **options), command=_words())
+        made.save(out)
+    for finding in made.findings:
+        typer.echo(repr(finding.curve) + "\n")
+    typer.echo(f"Written to {out}: open it in a browser.")
+
+
+@app.command()
+def plot(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="Saved curves, or one or two saved circuits, to draw.")
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", metavar="OUT", help="An .html, .json, .png, .svg, .pdf, .jpg or .webp file."),
+    ],
+    kind: Annotated[
+        Literal["curve", "circuits", "composition", "circuit", "heads", "tokens"] | None,
+        typer.Option(help="What to draw.", show_default="curve or circuit; of several the comparison"),
+    ] = None,
+    theme: Annotated[Literal["light", "dark"], typer.Option(help="On which ground.")] = "light",
+) -> None:
+    """Draw saved curves or circuits, or what tells them apart."""
+    from tracedensity.plot import write_figure
+
+    _require_folders(out)
+    with _quiet():
+        results = [_read_circuit(file) if file.suffix == ".json" else td.load(file) for file in files]
+        write_figure(_drawn(results, [file.stem for file in files], kind, theme), out)
+    typer.echo(f"Written to {out}.")
+
+
+@app.command()
+def activations(
+    prompt: PromptArgument = None,
+    model: ModelOption = None,
+    heads: Annotated[
+        str | None,
+        typer.Option(metavar="H,H,...", help="Whose attention to draw.", show_default="those that write most"),
+    ] = None,
+    position: PositionOption = None,
+    top: Annotated[int, typer.Option(metavar="K", help="How many heads and neurons to print.")] = 10,
+    device: DeviceOption = None,
+    html: HtmlOption = None,
+) -> None:
+    """Print the heads and neurons that write most, and draw what heads attend to."""
+    if prompt is None:
+        raise ValueError("give a `PROMPT`, for example 'Once upon a time'.")
+    _require_folders(html)
+    with _quiet():
+        loaded = td.load_model(**_given(name_or_model=model, device=device))
+        held = td.capture(loaded, _prompt(prompt), **_given(position=position))
+        tops = [held.top_heads(top), *([held.top_neurons(top)] if "post" in held.values else [])]
+        if html is not None:
+            from tracedensity.plot import activations_page, write_html
+
+            write_html(activations_page(held, None if heads is None else heads.split(",")), html)
+    typer.echo("\n\n".join(map(repr, tops)))
+
+
+@app.command()
+def strip(
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="Text to colour; - reads it from standard input.")],
+    model: ModelOption = None,
+    threshold: Annotated[
+        float, typer.Option(metavar="F", help="The faithfulness that circuits have to reach.")
+    ] = _CIRCUIT_AT,
+    method: MethodOption = None,
+    device: DeviceOption = None,
+    theme: Annotated[Literal["light", "dark"], typer.Option(help="On which ground.")] = "light",
+    html: HtmlOption = None,
+) -> None:
+    """How much of the model the prediction of each token of a text needs."""
+    from tracedensity.model import as_transformer
+    from tracedensity.plot import density_strip
+
+    _require_folders(html)
+    with _quiet():
+        loaded = td.load_model(**_given(name_or_model=model, device=device))
+        n_tokens = len(as_transformer(loaded).tokens(_prompt(text)))
+        curves = [
+            td.density(loaded, _prompt(text), position=position, baselines=False, **_given(method=method))
+            for position in range(n_tokens)
+        ]
+        coloured = density_strip(curves, threshold=threshold, theme=theme)
+        if html is not None:
+            coloured.save(html)
+    typer.echo(repr(coloured))
+
+
+@app.command()
 def models() -> None:
     """List the models to choose from."""
     from tracedensity.loading import bundled_models
@@ -588,6 +734,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after `tracedensity`; by default those of this process. None at all is `--help`.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
+    _arguments[:] = words
     command = typer.main.get_command(app)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a token that the terminal cannot show is no error
@@ -613,6 +760,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _refuse(reason: str) -> int:
     typer.echo(f"Error: {' '.join(reason.split())}", err=True)
     return 2
+
+
+def _drawn(results: "list[Circuit | td.DensityCurve]", names: list[str], kind: str | None, theme: str) -> "Figure":
+    """The figure of saved results that was asked for."""
+    from tracedensity.plot import plot_curves, plot_difference, plot_heatmap
+
+    first = results[0]
+    alike = all(isinstance(each, td.Circuit) == isinstance(first, td.Circuit) for each in results)
+    allowed = ("circuit", "heads", "tokens") if isinstance(first, td.Circuit) else _OF_CURVES
+    kind = allowed[0] if kind is None else kind
+    if not alike or kind not in allowed:
+        raise ValueError(f"`--kind` must be one of {', '.join(allowed)} for these files, got {kind!r} for {names}.")
+    if kind in ("heads", "tokens"):
+        if len(results) > 2:
+            raise ValueError(f"`FILE` must be one or two results to compare {kind}, got {len(results)}.")
+        return plot_heatmap(first, over=kind.removesuffix("s"), minus=[*results, None][1], theme=theme)
+    if isinstance(first, td.Circuit):
+        if len(results) == 1:
+            return first.plot(theme=theme)
+        if len(results) > 2:
+            raise ValueError(f"`FILE` must be one or two circuits, got {len(results)}.")
+        return plot_difference(first, results[1], names=(names[0], names[1]), theme=theme)
+    if kind == "curve" and len(results) > 1:
+        return plot_curves(results, names=names, theme=theme)
+    if len(results) > 1:
+        raise ValueError(f"`FILE` must be one curve to draw its {kind}, got {len(results)}.")
+    drawn = {"curve": first.plot, "circuits": first.plot_circuits, "composition": first.plot_composition}
+    return drawn[kind](theme=theme)
+
+
+_OF_CURVES = ("curve", "circuits", "composition", "heads", "tokens")
+
+
+def _words() -> str:
+    """The command that was given."""
+    return shlex.join(["tracedensity", *_arguments])
 
 
 def _given(**options: Any) -> dict[str, Any]:

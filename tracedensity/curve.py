@@ -386,9 +386,7 @@ class DensityCurve(Points):
         return spark_svg(sizes, self.faithfulness.tolist(), title, steps=self._is_envelope)
 
     def _spark_text(self, n_bars: int = 24) -> str:
-        """The curve in a line of text: at sizes equally far apart on a logarithmic scale, the circuit of at most so many
-        edges.
-        """
+        """The curve in a line of text, at sizes equally far apart on a logarithmic scale."""
         sizes = torch.logspace(0, torch.tensor(float(self.n_edges)).log10().item(), n_bars).round().long()
         points = (torch.searchsorted(self.sizes, sizes, right=True) - 1).clamp(min=0)
         return f"faithfulness of 1 to {self.n_edges:,} edges  {spark_text(self.faithfulness[points].tolist())}"

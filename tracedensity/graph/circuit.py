@@ -361,4 +361,5 @@ class Circuit:
         kinds = "".join(f"<th>{html.escape(kind)}</th>" for kind in self.kept)
         counts = [(n, int(self.graph.exists[kind].sum())) for kind, n in self.composition().items()]
         cells = "".join(f"<td>{n:,} of {n_all:,}</td>" for n, n_all in counts)
-        return f"<p>{html.escape(repr(self))}</p><table><thead><tr>{kinds}</tr></thead><tbody><tr>{cells}</tr></tbody></table>"
+        table = f"<table><thead><tr>{kinds}</tr></thead><tbody><tr>{cells}</tr></tbody></table>"
+        return f"<p>{html.escape(repr(self))}</p>{table}"

@@ -9,14 +9,15 @@ from tracedensity.plot.curve import plot_curve
 from tracedensity.plot.difference import plot_difference
 from tracedensity.plot.growth import plot_growth
 from tracedensity.plot.heatmap import plot_heatmap
-from tracedensity.plot.page import write_html
-from tracedensity.plot.report import density_page, report_page
+from tracedensity.plot.page import write_figure, write_html
+from tracedensity.plot.report import activations_page, density_page, report_page
 from tracedensity.plot.strip import Strip, density_strip
 from tracedensity.plot.theme import Theme, dark
 
 __all__ = [
     "Strip",
     "Theme",
+    "activations_page",
     "dark",
     "density_page",
     "density_strip",
@@ -31,5 +32,6 @@ __all__ = [
     "plot_heatmap",
     "plot_top",
     "report_page",
+    "write_figure",
     "write_html",
 ]

@@ -28,7 +28,7 @@ MAX_HEADS = 12
 """Heads that one figure shows."""
 
 _WIDE = 1200  # px that a screen has
-_MAX_LABELS = 64  # along an axis; where there are more tokens, not all have one
+_MAX_LABELS = 44  # along an axis; where there are more tokens, not all have one
 _KINDS = {"heads": "head", "neurons": "mlp"}
 _LENGTH = 9  # characters of a token's text
 _BAR, _GAP, _TITLE = 64, 10, 26  # px: the colour bar, between panels, above each
@@ -124,7 +124,7 @@ class _Grid:
         """As many columns as fit on a narrow page, or else on a wide one, but no more than three."""
         longest = max(len(shortened(visible(text), _LENGTH)) for text in texts) + 1 + len(str(len(texts) - 1))
         step = -(-len(texts) // _MAX_LABELS)
-        panel = 11 * -(-len(texts) // step)  # px in which labels do not touch
+        panel = 11 * min(len(texts), _MAX_LABELS)  # px in which labels do not touch
         along = 6 * longest + 28
         widths = {columns: along + _BAR + columns * (panel + _GAP) for columns in range(1, min(n_panels, 3) + 1)}
         fit = [columns for limit in (_WIDE, NARROW) for columns in widths if columns > 1 and widths[columns] <= limit]

@@ -1,6 +1,7 @@
 """Captions: what figures say of the thing that they are about."""
 
 from tracedensity.graph.circuit import Circuit
+from tracedensity.graph.token import TokenGraph
 from tracedensity.plot.theme import percent, plain, quoted
 from tracedensity.provenance import Provenance
 
@@ -22,18 +23,20 @@ def scored(provenance: Provenance) -> str:
 def size_of(circuit: Circuit) -> str:
     """Size and faithfulness, on two lines; still to be a `label`."""
     measured = "not run" if circuit.faithfulness is None else f"faithfulness {circuit.faithfulness:.3f}"
-    return f"{circuit.n_edges:,} of {circuit.graph.n_edges:,} edges ({percent(circuit.fraction)}),\n{measured}"
+    size = f"{circuit.n_edges:,} of {circuit.graph.n_edges:,} edges ({percent(circuit.fraction)})"
+    return f"Circuit of {size},\n{measured}"
 
 
 def about(circuit: Circuit) -> list[str]:
     """What a circuit was chosen for, and how it is run; still to be a `label`."""
     made = circuit.provenance
-    metric = made.metric if circuit.faithfulness is None or circuit.metric == "tv" else circuit.metric
+    metric = made.metric if circuit.faithfulness is None else circuit.metric
+    usual = ("", "tv", "zero") if isinstance(circuit.graph, TokenGraph) else ("",)  # goes without saying
     return [
         asked(made),
         scored(made),
-        *([f"metric {plain(metric)}"] * bool(metric)),
-        *([f"{plain(circuit.ablation)} ablation"] * (circuit.ablation != "zero")),
+        *([f"metric {plain(metric)}"] * (metric not in usual)),
+        *([f"{plain(circuit.ablation)} ablation"] * (circuit.ablation not in usual)),
         *(["all skips kept when run"] * circuit.keep_residual),
         *(["absent attention edges not ablated"] * (circuit.attention == "open")),
     ]

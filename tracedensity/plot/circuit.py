@@ -263,7 +263,7 @@ class Picture:
         # straight up, as skip connections go
         x, y = np.full((2, len(edges), len(_ROUND)), np.nan)
         x[:, :2], y[:, :2] = src[:, None], bottom[:, None] + [0.0, 1.0]
-        # bars of one thick line, not markers: as many as may be, they are one element of the page
+        # bars are lines, as tall as their row however tall that is
         x[is_mlp, :2] += self.aside
         y[is_mlp, :2] += [0.34, -0.34]
         # heads between the same two tokens are bent apart
@@ -278,7 +278,7 @@ class Picture:
         x[staying], y[staying] = src[staying, None] + aside[staying, None] * out, bottom[staying, None] + up
 
         # Lines of one layer cross: each is touched at a height of its own distance, where no two are at one place.
-        share = np.where(across, 0.2 + 0.6 * (dest - src) / max(self.graph.n_pos, 1), 0.5)
+        share = np.where(across, 0.22 + 0.59 * (dest - src) / max(self.graph.n_pos, 1), 0.5)
         beside = np.select([is_mlp, staying], [self.aside, aside], 0.0)
         mouse = np.stack([src + share * (dest - src) + beside, bottom + share + across * fan * 4 * share * (1 - share)])
         return x, y, mouse

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from tracedensity.curve import DensityCurve, require_thresholds
-from tracedensity.plot.curve import _MEASURES, EMPTY
+from tracedensity.plot.curve import EMPTY, MEASURES
 from tracedensity.plot.theme import (
     COLOURS,
     DARK,
@@ -356,7 +356,7 @@ def _add_axes(figure: go.Figure, sheet: _Sheet) -> None:
             # a share of a difference may leave the unit interval
             "range": [min(-0.03, lowest - 0.05), max(1.05, highest + 0.05)],
             "dtick": 0.2 if highest - lowest < 2 else None,
-            "title": {"text": f"faithfulness ({_MEASURES.get(metric, label(metric))})"},
+            "title": {"text": f"faithfulness ({MEASURES.get(metric, label(metric))})"},
         },
         yaxis2={  # the first row on top
             "domain": [0, sheet.rows_height / sheet.height], "range": [len(curves) - 0.6, -0.7 - 0.2 * sheet.labelled],

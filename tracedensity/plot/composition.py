@@ -68,8 +68,8 @@ def _add_areas(
     for (name, count), colour in zip(counts.items(), colours, strict=True):
         shares = (100 * count / made.sizes).tolist()
         texts = [
-            f"{name} {n:,} ({share:.3g}%, whole graph {shares[-1]:.3g}%)"
-            for n, share in zip(count.tolist(), shares, strict=True)
+            f"{name} {n:,} of {size:,} ({share:.3g}%, whole graph {shares[-1]:.3g}%)"
+            for n, size, share in zip(count.tolist(), made.sizes.tolist(), shares, strict=True)
         ]
         figure.add_scatter(
             x=made.sizes.tolist(), y=shares, xaxis=axes[0], yaxis=axes[1], name=name, stackgroup=axes[1], mode="lines",
@@ -90,7 +90,6 @@ def _add_axes(figure: go.Figure, made: Composition) -> None:
         "type": "log",
         "range": np.log10([int(made.sizes[0]), n_edges]).tolist(),
         "hoverformat": ",d",
-        "ticksuffix": " edges",  # under the mouse; ticks have texts of their own
         "minor": {"ticks": "outside", "tickvals": np.outer(decades, range(2, 10)).flatten().tolist(), "ticklen": 2},
     }
     share = {"range": [0, 100], "tickvals": [0, 50, 100]}

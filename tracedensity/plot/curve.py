@@ -14,7 +14,7 @@ from tracedensity.tight import TightCurve
 EMPTY = 0.5
 """Where the circuit of no edge is drawn: a logarithmic axis has no 0."""
 
-_MEASURES = {
+MEASURES = {
     "tv": "1 - total variation",
     "kl": "exp(-KL)",
     "js": "1 - JS / ln 2",
@@ -151,7 +151,7 @@ def _add_axes(figure: go.Figure, curve: DensityCurve) -> None:
     low = EMPTY * 0.8 if smallest == 0 else 0.9
     limits = np.log10([low, curve.n_edges * 1.15]).tolist()
     shares = 10.0 ** np.arange(-int(np.log10(curve.n_edges)), 1)  # from one edge up to all
-    measure = _MEASURES.get(curve.metric, label(curve.metric))
+    measure = MEASURES.get(curve.metric, label(curve.metric))
     reached = torch.cat([points.faithfulness.double() for points in shown])
     figure.update_layout(
         xaxis={

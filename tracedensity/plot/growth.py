@@ -37,8 +37,8 @@ def plot_growth(
 ) -> go.Figure:
     """The circuit of each size, drawn as `plot_circuit` draws it, with a slider over sizes.
 
-    The steps are sizes that were run, each at least 1.5 times the one before, and the minimal circuits at the curve's
-    thresholds. Edges stay where they are while the circuit grows.
+    The steps are sizes that were run, each at least 1.5 times the one before, the minimal circuits at the curve's
+    thresholds, and the whole graph. Edges stay where they are while the circuit grows.
 
     Args:
         curve: Whose circuits to draw, on the token graph; no model is run.
@@ -74,7 +74,7 @@ def plot_growth(
 
 def _sizes(curve: DensityCurve, faithfulness: float | int, max_edges: int) -> list[int]:
     """The sizes of the steps."""
-    minimal = {curve.minimal_size(threshold) for threshold in (*curve.thresholds, faithfulness)}
+    minimal = {curve.minimal_size(threshold) for threshold in (*curve.thresholds, faithfulness)} | {curve.n_edges}
     chosen: list[int] = []
     for size in curve.sizes.tolist():
         apart = _APART if size <= max_edges else _APART**2  # of the larger ones not all edges are seen anyhow

@@ -33,7 +33,7 @@ def in_legend(name: str, colour: str, width: float) -> go.Scatter:
     """An entry of the legend, legible however faint the lines are that it stands for."""
     line = {"color": colour, "width": width}
     return go.Scatter(
-        x=[None], y=[None], mode="lines", line=line, name=name, legendgroup=name, showlegend=True, hoverinfo="skip"
+        x=[np.nan], y=[np.nan], mode="lines", line=line, name=name, legendgroup=name, showlegend=True, hoverinfo="skip"
     )
 
 

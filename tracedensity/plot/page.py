@@ -4,6 +4,7 @@ import html
 import json
 from collections.abc import Iterable, Sequence
 from os import PathLike
+from pathlib import Path
 
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
@@ -11,6 +12,7 @@ from plotly.offline import get_plotlyjs
 from tracedensity.files import replace_file
 from tracedensity.plot.theme import COLOURS, DARK, FAINT, FONT, INK, MUTED, NARROW, PAPER, visible
 
+_IMAGES = (".png", ".svg", ".pdf", ".jpg", ".webp")
 _VARIABLES = {"paper": PAPER, "ink": INK, "muted": MUTED, "faint": FAINT, "head": COLOURS["head"]}
 
 
@@ -88,6 +90,36 @@ def write_html(figure: go.Figure | str, path: str | PathLike[str]) -> None:
     replace_file(path, figure if isinstance(figure, str) else page("tracedensity", [figure_div(figure, "figure")]))
 
 
+def write_figure(figure: go.Figure, path: str | PathLike[str]) -> None:
+    """Write a figure in the format that the end of the file's name says.
+
+    Args:
+        figure: What to write.
+        path: A ``.html`` file opens without a network; ``.json`` is plotly's own, for `plotly.io.read_json`; ``.png``,
+            ``.svg``, ``.pdf``, ``.jpg`` and ``.webp`` need kaleido and a Chrome or Chromium.
+
+    Raises:
+        ValueError: If there is no such folder or format, or what an image needs is missing.
+    """
+    path = Path(path)
+    if path.suffix == ".html":
+        write_html(figure, path)
+    elif path.suffix == ".json":
+        replace_file(path, figure.to_json() or "")
+    elif path.suffix in _IMAGES:
+        try:
+            image = figure.to_image(path.suffix[1:], scale=2 if path.suffix in (".png", ".jpg", ".webp") else 1)
+        except ImportError as error:
+            raise ValueError(f'images need kaleido: pip install "tracedensity[image]" ({error}).') from error
+        except (RuntimeError, OSError) as error:  # kaleido finds no browser, or it does not start
+            raise ValueError(
+                f"images need a Chrome or Chromium that runs: install one, or run `plotly_get_chrome` ({error})."
+            ) from error
+        replace_file(path, image)
+    else:
+        raise ValueError(f"`path` must end in .html, .json or one of {', '.join(_IMAGES)}, got {str(path)!r}.")
+
+
 def page(title: str, body: Sequence[str]) -> str:
     """A page of parts that are HTML already; `title` is plain text."""
     script = _SCRIPT.replace("COUNTERPARTS", json.dumps(DARK))
@@ -123,6 +155,7 @@ def figure_div(figure: go.Figure, name: str) -> str:
             config={
                 "displaylogo": False,
                 "responsive": True,
+                "modeBarButtonsToRemove": ["zoom2d", "select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d"],
                 "toImageButtonOptions": {"format": "svg", "filename": name},
             },
         )

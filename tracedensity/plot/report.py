@@ -5,9 +5,11 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
+from tracedensity.activations import Activations
 from tracedensity.curve import DensityCurve
 from tracedensity.graph.circuit import Circuit
 from tracedensity.graph.component import ComponentGraph
+from tracedensity.plot.attention import plot_attention, plot_top
 from tracedensity.plot.caption import asked
 from tracedensity.plot.comparison import plot_curves
 from tracedensity.plot.component import plot_component
@@ -18,12 +20,12 @@ from tracedensity.plot.growth import plot_growth
 from tracedensity.plot.heatmap import plot_heatmap
 from tracedensity.plot.page import figure_div, page, table, text_line
 from tracedensity.plot.theme import percent, quoted, rounded, visible
-from tracedensity.report import MOST, Finding, Report
+from tracedensity.reporting import MOST, Finding, Report
 from tracedensity.score import Scores
 from tracedensity.unembedding import TopTokens
 
 
-def density_page(curve: DensityCurve, *, faithfulness: float = 0.9) -> str:
+def density_page(curve: DensityCurve, *, faithfulness: float | int = 0.9) -> str:
     """A page on one prediction or task, of what a curve holds: minimal sizes, the curve, circuits, their composition.
 
     Args:
@@ -81,10 +83,30 @@ def report_page(report: Report) -> str:
     return page(" and ".join(_name(finding.curve) for finding in findings), body)
 
 
+def activations_page(activations: Activations, heads: Sequence[str] | None = None, *, n: int = 6) -> str:
+    """A page on what a prompt leaves inside a model: attention patterns, and the heads and neurons that write most.
+
+    Args:
+        activations: Patterns, and with ``"z"`` and ``"post"`` what heads and neurons write.
+        heads: Whose patterns to show, such as ``["a3.h1"]``; by default the `n` that write most at the last token.
+        n: How many, if `heads` are not given.
+    """
+    body = [
+        "<h1>What heads attend to, and which write most</h1>",
+        text_line(activations.texts),
+        figure_div(plot_attention(activations, heads, n=n), "attention"),
+    ]
+    for quantity, top in (("z", activations.top_heads), ("post", activations.top_neurons)):
+        if quantity in activations.values:
+            name = top.__name__
+            body.append(figure_div(plot_top(top()), name))
+    return page(quoted("".join(activations.texts)), body)
+
+
 # -- sections --------------------------------------------------------------------------------------
 
 
-def _short(finding: Finding, faithfulness: float) -> str:
+def _short(finding: Finding, faithfulness: float | int) -> str:
     """What is predicted, and the three answers that a reader wants first."""
     curve, circuit = finding.curve, finding.circuit
     flow = finding.flow
@@ -149,7 +171,7 @@ def _curve_section(curve: DensityCurve, suffix: str) -> list[str]:
 def _circuit_section(
     curve: DensityCurve,
     circuit: Circuit,
-    faithfulness: float,
+    faithfulness: float | int,
     scores: Scores | None,
     tokens: TopTokens | None,
     suffix: str,
@@ -203,7 +225,7 @@ def _nodes_section(finding: Finding, suffix: str, most: int = 12) -> list[str]:
     return body
 
 
-def _node(finding: Finding, name: str, size: int, faithfulness: float) -> list[str]:
+def _node(finding: Finding, name: str, size: int, faithfulness: float | int) -> list[str]:
     """What a table says of a head or MLP: of its strongest edge where that leads, and what it says."""
     row = [name, f"{size:,}", f"{faithfulness:.3f}"]
     if finding.flow is None:
@@ -244,7 +266,7 @@ def _prompt(curve: DensityCurve, shares: Sequence[float] | None = None) -> str:
     return table(list(shown.columns), shown.itertuples(index=False), left=range(len(shown.columns)))
 
 
-def _enough(curve: DensityCurve, circuit: Circuit, faithfulness: float) -> str:
+def _enough(curve: DensityCurve, circuit: Circuit, faithfulness: float | int) -> str:
     measured = "" if circuit.faithfulness is None else f" (measured: {circuit.faithfulness:.3f})"
     return (
         f"<b>{circuit.n_edges:,} of {curve.n_edges:,} edges ({percent(circuit.fraction)})</b> suffice for "

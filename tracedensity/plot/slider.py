@@ -1,8 +1,10 @@
 """A slider below a figure, each of whose steps shows other data in the same traces."""
 
+from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import plotly.graph_objects as go
 
 from tracedensity.plot.theme import FAINT, INK, MUTED, PAPER, written
@@ -66,4 +68,6 @@ def add_slider(figure: go.Figure, steps: Sequence[Step], active: int, prefix: st
 
 def _value(trace: go.Scatter, name: str) -> object:
     value = trace[name]
+    if isinstance(value, np.ndarray):  # in a slider plotly.py would write each number out
+        return {"dtype": "f4", "bdata": b64encode(value.astype("<f4").tobytes()).decode()}
     return list(value) if isinstance(value, tuple) else value

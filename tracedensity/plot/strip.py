@@ -68,7 +68,9 @@ class Strip:
         replace_file(path, page)
 
 
-def density_strip(curves: Sequence[DensityCurve], *, threshold: float | int = 0.9, theme: Theme | str = "light") -> Strip:
+def density_strip(
+    curves: Sequence[DensityCurve], *, threshold: float | int = 0.9, theme: Theme | str = "light"
+) -> Strip:
     """The tokens of a text, each coloured by the smallest circuit found for the prediction made in its place.
 
     What the model predicts there, under the mouse, need not be the token that comes. After the text, in italics, is its

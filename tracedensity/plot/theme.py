@@ -4,7 +4,9 @@ import html
 import re
 import textwrap
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, Literal, TypeAlias
+from unicodedata import east_asian_width
 
 import numpy as np
 import plotly.graph_objects as go
@@ -129,14 +131,14 @@ def finished(
     title: str,
     about: Sequence[str],
     *,
-    plot_height: float,
+    plot_height: float | int,
     theme: Theme | str = "light",
     remark: str = "",
-    above: float = 0,
-    below: float = 56,
-    left: float = 64,
-    right: float = 24,
-    min_width: float = NARROW,
+    above: float | int = 0,
+    below: float | int = 56,
+    left: float | int = 64,
+    right: float | int = 24,
+    min_width: float | int = NARROW,
 ) -> go.Figure:
     """A figure with its title, its legend, and margins in which both fit however narrow it is.
 
@@ -164,7 +166,7 @@ def finished(
     subtitles = [*_wrapped(about, int(60 * wide)), *textwrap.wrap(remark, int(60 * wide))]
     top = TOOLBAR + _TITLE_LINE * len(titles) + _SUBTITLE_LINE * len(subtitles) + 20 + above
     names = [trace.name or "" for trace in figure.data if trace.showlegend is not False and trace.visible is not False]
-    columns = max(1, int((NARROW - 24) / (44 + 6 * max(map(len, names), default=0))))
+    columns = max(1, int((NARROW - 24) / (44 + 6 * max(map(breadth, names), default=0))))
     axis_room, below = below, below + SLIDER * len(figure.layout.sliders)
     bottom = below + _LEGEND_LINE * -(-len(names) // columns) + 8 * bool(names)
     figure.update_layout(
@@ -241,11 +243,25 @@ def plain(text: str, length: int = 40) -> str:
 
 
 def shortened(text: str, length: int) -> str:
-    """Text of at most `length` characters, its middle left out if need be; more of its end is kept."""
-    if len(text) <= length:
+    """Text of at most `length` columns, its middle left out if need be; more of its end is kept."""
+    if breadth(text) <= length:
         return text
     start = (length - 1) // 3
-    return text[:start] + "…" + text[len(text) - (length - 1 - start) :]
+    return _beginning(text, start) + "…" + _beginning(text[::-1], length - 1 - start)[::-1]
+
+
+def breadth(text: str) -> int:
+    """Columns that a text takes: Chinese, Japanese and Korean characters take two."""
+    return sum(map(_columns, text))
+
+
+def _columns(char: str) -> int:
+    return 2 if east_asian_width(char) in "WF" else 1
+
+
+def _beginning(text: str, length: int) -> str:
+    """As much of a text as fits so many columns."""
+    return text[: sum(columns <= length for columns in accumulate(map(_columns, text)))]
 
 
 def label(text: str) -> str:

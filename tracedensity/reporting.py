@@ -28,7 +28,7 @@ from tracedensity.unembedding import TopTokens, top_tokens
 if TYPE_CHECKING:
     import pandas as pd
 
-MOST = 300
+MOST = 400
 """Edges of a circuit that a report draws, half as many of two: its file is to stay small."""
 
 _SCORING = ("graph", "ablation", "steps", "ungroup", "positions", "position", "seed")
@@ -108,7 +108,7 @@ def report(
     prompt: object,
     *,
     compare: object | None = None,
-    faithfulness: float = 0.9,
+    faithfulness: float | int = 0.9,
     path: str | PathLike[str] | None = None,
     **options: Any,
 ) -> Report:
