@@ -87,7 +87,7 @@ def minimality(
         raise ValueError(f"`by` must be 'edge' or 'node', got {by!r}.")
     reached = _faithfulness(model, [circuit, *(_without(circuit, flat, unit) for unit in units.values())], metric)
     table = pd.DataFrame({
-        by: list(units),
+        by: pd.Series(list(units), dtype=object),  # of an empty table as well
         **({"size": [len(unit) for unit in units.values()]} if by == "node" else {}),
         "loss": (reached[0] - reached[1:]).tolist(),
         "faithfulness": reached[1:].tolist(),

@@ -670,11 +670,18 @@ def activations(
     """Print the heads and neurons that write most, and draw what heads attend to."""
     if prompt is None:
         raise ValueError("give a `PROMPT`, for example 'Once upon a time'.")
+    if top < 1:
+        raise ValueError(f"`--top` must be at least 1, got {top}.")
+    if heads is not None and html is None:
+        raise ValueError("`--heads` must come with `--html`, for which it chooses whose attention is drawn.")
     _require_folders(html)
     with _quiet():
         loaded = td.load_model(**_given(name_or_model=model, device=device))
         held = td.capture(loaded, _prompt(prompt), **_given(position=position))
-        tops = [held.top_heads(top), *([held.top_neurons(top)] if "post" in held.values else [])]
+        about = held.transformer
+        tops = [held.top_heads(min(top, about.n_layers * about.n_heads))]
+        if "post" in held.values:
+            tops.append(held.top_neurons(min(top, about.n_layers * about.d_mlp)))
         if html is not None:
             from tracedensity.plot import activations_page, write_html
 
@@ -701,11 +708,9 @@ def strip(
     _require_folders(html)
     with _quiet():
         loaded = td.load_model(**_given(name_or_model=model, device=device))
-        n_tokens = len(as_transformer(loaded).tokens(_prompt(text)))
-        curves = [
-            td.density(loaded, _prompt(text), position=position, baselines=False, **_given(method=method))
-            for position in range(n_tokens)
-        ]
+        tokens = as_transformer(loaded).tokens(_prompt(text))
+        options = {"thresholds": (threshold,), "baselines": False, **_given(method=method)}
+        curves = [td.density(loaded, tokens, position=position, **options) for position in range(len(tokens))]
         coloured = density_strip(curves, threshold=threshold, theme=theme)
         if html is not None:
             coloured.save(html)
@@ -766,31 +771,27 @@ def _drawn(results: "list[Circuit | td.DensityCurve]", names: list[str], kind: s
     """The figure of saved results that was asked for."""
     from tracedensity.plot import plot_curves, plot_difference, plot_heatmap
 
-    first = results[0]
-    alike = all(isinstance(each, td.Circuit) == isinstance(first, td.Circuit) for each in results)
-    allowed = ("circuit", "heads", "tokens") if isinstance(first, td.Circuit) else _OF_CURVES
-    kind = allowed[0] if kind is None else kind
-    if not alike or kind not in allowed:
-        raise ValueError(f"`--kind` must be one of {', '.join(allowed)} for these files, got {kind!r} for {names}.")
+    circuits = [each for each in results if isinstance(each, td.Circuit)]
+    curves = [each for each in results if isinstance(each, td.DensityCurve)]
+    kinds = ("circuit", "heads", "tokens") if circuits else ("curve", "circuits", "composition", "heads", "tokens")
+    kind = kinds[0] if kind is None else kind
+    if circuits and curves:
+        raise ValueError(f"`FILE` must be all curves or all circuits, got some of both: {names}.")
+    if kind not in kinds:
+        raise ValueError(f"`--kind` must be one of {', '.join(kinds)} for these files, got {kind!r} for {names}.")
+    most = len(results) if kind == "curve" else 1 if kind in ("circuits", "composition") else 2
+    if len(results) > most:
+        raise ValueError(f"`FILE` must be at most {most} for the kind {kind!r}, got {len(results)}.")
     if kind in ("heads", "tokens"):
-        if len(results) > 2:
-            raise ValueError(f"`FILE` must be one or two results to compare {kind}, got {len(results)}.")
-        return plot_heatmap(first, over=kind.removesuffix("s"), minus=[*results, None][1], theme=theme)
-    if isinstance(first, td.Circuit):
-        if len(results) == 1:
-            return first.plot(theme=theme)
-        if len(results) > 2:
-            raise ValueError(f"`FILE` must be one or two circuits, got {len(results)}.")
-        return plot_difference(first, results[1], names=(names[0], names[1]), theme=theme)
-    if kind == "curve" and len(results) > 1:
-        return plot_curves(results, names=names, theme=theme)
-    if len(results) > 1:
-        raise ValueError(f"`FILE` must be one curve to draw its {kind}, got {len(results)}.")
-    drawn = {"curve": first.plot, "circuits": first.plot_circuits, "composition": first.plot_composition}
-    return drawn[kind](theme=theme)
-
-
-_OF_CURVES = ("curve", "circuits", "composition", "heads", "tokens")
+        return plot_heatmap(results[0], over=kind.removesuffix("s"), minus=[*results, None][1], theme=theme)
+    if circuits[1:]:
+        return plot_difference(circuits[0], circuits[1], names=(names[0], names[1]), theme=theme)
+    if circuits:
+        return circuits[0].plot(theme=theme)
+    if curves[1:]:
+        return plot_curves(curves, names=names, theme=theme)
+    draw = {"curve": curves[0].plot, "circuits": curves[0].plot_circuits, "composition": curves[0].plot_composition}
+    return draw[kind](theme=theme)
 
 
 def _words() -> str:

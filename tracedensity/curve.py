@@ -3,6 +3,7 @@
 import html
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import log10
 from operator import index
 from os import PathLike
 from typing import TYPE_CHECKING, Any, SupportsIndex
@@ -387,7 +388,7 @@ class DensityCurve(Points):
 
     def _spark_text(self, n_bars: int = 24) -> str:
         """The curve in a line of text, at sizes equally far apart on a logarithmic scale."""
-        sizes = torch.logspace(0, torch.tensor(float(self.n_edges)).log10().item(), n_bars).round().long()
+        sizes = torch.logspace(0, log10(self.n_edges), n_bars, dtype=torch.float64).round().long()
         points = (torch.searchsorted(self.sizes, sizes, right=True) - 1).clamp(min=0)
         return f"faithfulness of 1 to {self.n_edges:,} edges  {spark_text(self.faithfulness[points].tolist())}"
 

@@ -101,15 +101,25 @@ def replace_file(path: str | PathLike[str], content: str | bytes) -> None:
     Raises:
         ValueError: If there is no such folder, or `path` is one.
     """
-    path = Path(path)
-    if not path.parent.is_dir() or path.is_dir():
-        raise ValueError(f"`path` must be a file in a folder that exists, got {str(path)!r}.")
+    path = require_folder(path)
     beside = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
         beside.write_bytes(content.encode() if isinstance(content, str) else content)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def require_folder(path: str | PathLike[str]) -> Path:
+    """The path of a file that can be written.
+
+    Raises:
+        ValueError: If there is no such folder, or `path` is one.
+    """
+    path = Path(path)
+    if not path.parent.is_dir() or path.is_dir():
+        raise ValueError(f"`path` must be a file in a folder that exists, got {str(path)!r}.")
+    return path
 
 
 def load(path: str | PathLike[str]) -> Circuit | DensityCurve:

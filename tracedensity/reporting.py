@@ -17,6 +17,7 @@ from tracedensity.checks import minimality
 from tracedensity.choices import Method
 from tracedensity.curve import DensityCurve
 from tracedensity.estimation import density
+from tracedensity.files import require_folder
 from tracedensity.graph.circuit import Circuit
 from tracedensity.graph.token import TokenGraph
 from tracedensity.model import Transformer, as_transformer
@@ -135,10 +136,13 @@ def report(
     transformer = as_transformer(model)
     if not 0 < faithfulness <= 1:
         raise ValueError(f"`faithfulness` must be above 0 and at most 1, got {faithfulness:g}.")
+    if path is not None:
+        require_folder(path)  # before the work, not after it
+    faithfulness = float(faithfulness)
     subjects = [prompt] if compare is None else [prompt, compare]
     made = Report(
         tuple(_find(transformer, subject, faithfulness, options) for subject in subjects),
-        float(faithfulness),
+        faithfulness,
         _command(transformer, subjects, faithfulness, options),
         {name: version(name) for name in ("tracedensity", "transformer-lens", "torch")}
         | {"python": platform.python_version()},
@@ -153,7 +157,7 @@ def _find(model: Transformer, subject: object, faithfulness: float, options: Map
         options = {"graph": "component", **options}
     curve = density(model, subject, **options)
     circuit = curve.circuit(faithfulness=faithfulness)
-    metric = options.get("metric")
+    metric: Any = options.get("metric")
     metric = metric if callable(metric) else None
     made = curve.ranking.provenance
     scoring = {name: options[name] for name in _SCORING if name in options}
@@ -198,8 +202,15 @@ def _neurons(model: Transformer, curve: DensityCurve, k: int = 10) -> "pd.DataFr
 
 def _command(model: Transformer, subjects: Sequence[object], faithfulness: float, options: Mapping[str, Any]) -> str:
     """The line of Python that makes the report, as far as it can be written down."""
-    written = [repr(each) if isinstance(each, str | list) else f"<{type(each).__name__}>" for each in subjects]
+    written = [_written(model, subject) for subject in subjects]
     given = {"faithfulness": faithfulness, **options}
     arguments = [written[0], *(f"compare={each}" for each in written[1:])]
     arguments += [f"{name}={getattr(value, '__name__', None) or repr(value)}" for name, value in given.items()]
     return f"td.report(td.load_model({model.name!r}), {', '.join(arguments)}, path='report.html')"
+
+
+def _written(model: Transformer, subject: Any) -> str:
+    """A prompt as Python, or in its place the name of a task, which is more than fits a line."""
+    if isinstance(subject, Task):
+        return f"<Task {subject.name!r}>"
+    return repr(subject if isinstance(subject, str) else model.tokens(subject).tolist())

@@ -55,7 +55,7 @@ def trace_flow(circuit: Circuit, scores: Scores) -> Flow:
         scores: Scores of its edges.
 
     Raises:
-        ValueError: If the circuit is of another graph, or scores are not of its graph.
+        ValueError: If the circuit is of another graph, or scores are not of its graph or not finite.
 
     References:
         Information Flow Routes (arXiv 2403.00824) traces the same edges back, without dividing; attention rollout
@@ -66,8 +66,11 @@ def trace_flow(circuit: Circuit, scores: Scores) -> Flow:
         raise ValueError(f"`circuit` must be one of a TokenGraph for this, got one of {type(graph).__name__}.")
     if scores.graph != graph:
         raise ValueError(f"`scores` must be of the circuit's graph, {graph}, got some of {scores.graph}.")
+    importance = flatten(graph, scores.importance()).double()
+    if not (finite := importance.isfinite()).all():
+        raise ValueError(f"`scores` must be finite, got {int((~finite).sum())} NaN or infinite of {len(finite)}.")
     edges = graph.edges
-    weight = flatten(graph, scores.importance()).double().clamp(min=0) * flatten(graph, circuit.kept)
+    weight = importance.clamp(min=0) * flatten(graph, circuit.kept)
     through = weight.new_zeros(edges.n_nodes)
     through[edges.output] = 1.0
     flow = torch.zeros_like(weight)

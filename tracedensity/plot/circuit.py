@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -44,7 +45,7 @@ MAX_EDGES = 10_000
 KINDS = {"head": COLOURS["head"], "MLP": COLOURS["mlp"], "skip connection": COLOURS["residual"]}
 """What edges are called in the legend, and their colours."""
 
-_KIND_OF = {
+_PARTS = {
     "head": "head",
     "mlp": "MLP",
     "neuron": "MLP",
@@ -94,9 +95,7 @@ def plot_circuit(
     edges = edges_of(drawn, scores=scores, ranking=ranking, tokens=tokens)
     picture = Picture(token_graph(circuit), circuit.provenance.texts, edges, KINDS, prediction)
     remark = which and f"of {circuit.n_edges:,} edges only {which} are drawn"
-    figure = go.Figure([trace for trace in picture.traces() if len(trace.x)])
-    figure.add_traces(picture.legend(signed=scores is not None and scores.helpful != 0))
-    return picture.framed(figure, size_of(circuit), about(circuit), remark=remark, theme=theme)
+    return picture.framed(picture.figure(scores), size_of(circuit), about(circuit), remark=remark, theme=theme)
 
 
 # -- what there is to draw -------------------------------------------------------------------------
@@ -131,8 +130,8 @@ def edges_of(
     """One row per edge, neurons of one MLP merged.
 
     Columns `kind` (of the graph), `layer`, `head` (-1 for others), `dest`, `src`, `count` (of merged edges), `row` (of
-    the state that the edge leaves) and `group` (what it is coloured by: its kind); where known, `score`, `importance`,
-    `entry` (size of the smallest circuit with the edge) and `says`.
+    the state that the edge leaves), `part` (a key of `KINDS`) and `group` (what it is coloured by: its part); where
+    known, `score`, `importance`, `entry` (size of the smallest circuit with the edge) and `says`.
     """
     graph = token_graph(circuit)
     importance = {} if scores is None else scores.importance()
@@ -150,7 +149,7 @@ def edges_of(
     edges["head"] = edges["head"].fillna(-1).astype(int)
     edges["src"] = edges["src"].fillna(edges["dest"]).astype(int)
     edges["row"] = edges["layer"] * _rows(graph) + edges["kind"].isin(["mlp", "neuron", "resid_mlp"])
-    edges["group"] = edges["kind"].map(_KIND_OF)
+    edges["part"] = edges["group"] = edges["kind"].map(_PARTS.get)
     if tokens is not None:
         edges["says"] = [_says(tokens, *place) for place in edges[["kind", "layer", "head", "dest", "src"]].to_numpy()]
     return edges
@@ -247,7 +246,7 @@ class Picture:
     @property
     def strongest(self) -> float:
         """The largest importance; 0 without scores."""
-        return float(self.edges["importance"].max()) if "importance" in self.edges and len(self.edges) else 0.0
+        return float(self.edges["importance"].to_numpy().max(initial=0.0)) if "importance" in self.edges else 0.0
 
     @cached_property
     def _ways(self) -> tuple[Float[ndarray, "edge corner"], Float[ndarray, "edge corner"], Float[ndarray, "2 edge"]]:
@@ -256,7 +255,7 @@ class Picture:
         bottom, src, dest = (edges[name].to_numpy(float) for name in ("row", "src", "dest"))
         together = edges.groupby(["kind", "layer", "dest", "src"])
         count, number = together["count"].transform("size").to_numpy(), together.cumcount().to_numpy()
-        is_head, is_mlp = (edges["kind"].map(_KIND_OF).to_numpy() == kind for kind in ("head", "MLP"))
+        is_head, is_mlp = (edges["part"].to_numpy() == part for part in ("head", "MLP"))
         across, staying = is_head & (src != dest), is_head & (src == dest)
         up, out = np.array(_ROUND).T
 
@@ -336,6 +335,11 @@ class Picture:
 
     # -- drawing -----------------------------------------------------------------------------------
 
+    def figure(self, scores: Scores | None) -> go.Figure:
+        """All edges, and the legend."""
+        traces: list[Any] = self.traces()
+        return go.Figure([*(trace for trace in traces if len(trace.x)), *self.legend(scores)])
+
     def traces(self, chosen: Bool[ndarray, " edge"] | None = None) -> list[go.Scatter]:
         """What is drawn of some of the edges; the same traces in the same order whatever these are, some of them empty.
 
@@ -343,7 +347,7 @@ class Picture:
         """
         edges = self.edges
         chosen = np.ones(len(edges), dtype=bool) if chosen is None else chosen
-        kind, group = edges["kind"].map(_KIND_OF).to_numpy(), edges["group"].to_numpy()
+        kind, group = edges["part"].to_numpy(), edges["group"].to_numpy()
         # many lines are faint, so that the common paths stand out
         ink = float(np.clip((100 / max(int((chosen & (kind == "head")).sum()), 1)) ** 0.35, 0.15, 1.0))
         x, y, mouse = self._ways
@@ -365,8 +369,8 @@ class Picture:
         said, template = self._said
         for of_kind, colour in KINDS.items():
             of_this = np.flatnonzero(kind == of_kind)
-            places = _cut(mouse[:, of_this], chosen[of_this])
-            hovered.append(touched(*places, said[of_this], template, f"{of_kind}, under the mouse", colour))
+            x, y = _cut(mouse[:, of_this], chosen[of_this])
+            hovered.append(touched(x, y, said[of_this], template, f"{of_kind}, under the mouse", colour))
         return [*bare, *inked, *hovered, self._states(chosen), self._predicted()]
 
     def _line(self, kind: str, place: int, ink: float) -> tuple[float, float]:
@@ -410,10 +414,11 @@ class Picture:
             name="prediction", showlegend=False, hovertemplate="%{text}<extra></extra>",
         )  # fmt: skip
 
-    def legend(self, signed: bool = False) -> list[go.Scatter]:
+    def legend(self, scores: Scores | None) -> list[go.Scatter]:
         """Its entries: groups that there are, and with scores how wide they are drawn."""
         used = set(self.edges["group"])
         groups = [in_legend(name, colour, 3.0) for name, colour in self.groups.items() if name in used]
+        signed = scores is not None and scores.helpful != 0
         return [*groups, *width_entries(self._widths, self.strongest, signed)]
 
     def framed(

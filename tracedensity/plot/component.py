@@ -431,7 +431,7 @@ def _add_lines(figure: go.Figure, sheet: _Sheet, lines: _Lines) -> None:
                 opacity = ink if place == 0 else max(ink, 0.85)
                 figure.add_trace(joined(x[chosen], y[chosen], name, line, opacity=opacity))
     for group in np.unique(lines.group).tolist():
-        figure.add_trace(in_legend(*lines.groups[group], 3.0))
+        figure.add_trace(in_legend(*lines.groups[group], width=3.0))
 
 
 def _add_links(figure: go.Figure, sheet: _Sheet) -> None:

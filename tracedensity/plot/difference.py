@@ -56,6 +56,4 @@ def plot_difference(
     edges["group"] = [list(groups)[0 if a and b else 1 if a else 2] for a, b in zip(in_first, in_second, strict=True)]
     remark = which and f"of {union.n_edges:,} edges only {which} are drawn"
     picture = tokens_across.Picture(tokens_across.token_graph(union), first.provenance.texts, edges, groups)
-    figure = go.Figure([trace for trace in picture.traces() if len(trace.x)])
-    figure.add_traces(picture.legend(signed=scores is not None and scores.helpful != 0))
-    return picture.framed(figure, title, about, remark=remark, theme=theme)
+    return picture.framed(picture.figure(scores), title, about, remark=remark, theme=theme)

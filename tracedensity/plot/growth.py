@@ -67,7 +67,7 @@ def plot_growth(
     ]
     active = [circuit.n_edges for circuit in circuits].index(max(curve.minimal_size(faithfulness), circuits[0].n_edges))
     figure = go.Figure([go.Scatter(trace) for trace in steps[active].traces])
-    figure.add_traces(picture.legend(signed=scores is not None and scores.helpful != 0))
+    figure.add_traces(picture.legend(scores))
     add_slider(figure, steps, active, prefix="edges: ")
     return picture.framed(figure, steps[active].title, about(circuits[active]), remark="", theme=theme)
 

@@ -40,7 +40,7 @@ def density_page(curve: DensityCurve, *, faithfulness: float | int = 0.9) -> str
         *_curve_section(curve, ""),
         *_circuit_section(curve, circuit, faithfulness, None, None, ""),
         *_composition_section(curve, ""),
-        *_provenance(curve),
+        _provenance(curve),
     ]
     return page(_name(curve), body)
 
@@ -48,19 +48,19 @@ def density_page(curve: DensityCurve, *, faithfulness: float | int = 0.9) -> str
 def report_page(report: Report) -> str:
     """The page of a report."""
     findings = report.findings
-    several = len(findings) > 1
-    suffixes = [f"-{number + 1}" if several else "" for number in range(len(findings))]
+    suffixes = [""] if len(findings) == 1 else [f"-{number + 1}" for number in range(len(findings))]
+    first, *others = findings
     body = [
-        f"<h1>{'How much of the model do these two need?' if several else _question(findings[0].curve)}</h1>",
+        f"<h1>{'How much of the model do these two need?' if others else _question(first.curve)}</h1>",
         '<div class="side">',
         *(f"<div>{_short(finding, report.faithfulness)}</div>" for finding in findings),
         "</div>",
     ]
-    if several:
-        body += _comparison(findings)
+    for second in others:
+        body += _comparison(first, second)
     for finding, suffix in zip(findings, suffixes, strict=True):
         curve = finding.curve
-        if several:
+        if others:
             body.append(f"<h1>{html.escape(_name(curve))}</h1>")
         body += [
             *_curve_section(curve, suffix),
@@ -148,9 +148,13 @@ def _short(finding: Finding, faithfulness: float | int) -> str:
     return "\n".join(parts)
 
 
-def _comparison(findings: Sequence[Finding]) -> list[str]:
-    first, second = findings
-    body = ["<h2>Side by side</h2>", figure_div(plot_curves([each.curve for each in findings]), "compared")]
+def _comparison(first: Finding, second: Finding) -> list[str]:
+    metrics = [html.escape(visible(each.curve.metric)) for each in (first, second)]
+    if metrics[0] == metrics[1]:
+        drawn = figure_div(plot_curves([first.curve, second.curve]), "compared")
+    else:
+        drawn = f"<p>Faithfulness is measured by {metrics[0]} here and by {metrics[1]} there, on no common scale.</p>"
+    body = ["<h2>Side by side</h2>", drawn]
     if first.circuit.graph == second.circuit.graph:
         figure = plot_difference(first.circuit, second.circuit)
     elif type(first.circuit.graph) is type(second.circuit.graph):

@@ -165,7 +165,8 @@ def finished(
     titles = _wrapped(title.split("\n"), int(44 * wide), joined=False)
     subtitles = [*_wrapped(about, int(60 * wide)), *textwrap.wrap(remark, int(60 * wide))]
     top = TOOLBAR + _TITLE_LINE * len(titles) + _SUBTITLE_LINE * len(subtitles) + 20 + above
-    names = [trace.name or "" for trace in figure.data if trace.showlegend is not False and trace.visible is not False]
+    drawn: list[Any] = list(figure.select_traces())
+    names = [trace.name or "" for trace in drawn if trace.showlegend is not False and trace.visible is not False]
     columns = max(1, int((NARROW - 24) / (44 + 6 * max(map(breadth, names), default=0))))
     axis_room, below = below, below + SLIDER * len(figure.layout.sliders)
     bottom = below + _LEGEND_LINE * -(-len(names) // columns) + 8 * bool(names)
@@ -184,8 +185,10 @@ def finished(
 
 def dark(figure: go.Figure) -> go.Figure:
     """The same figure on a dark ground: every colour replaced by its counterpart."""
-    drawn = [_recoloured(trace.to_plotly_json()) for trace in figure.data]
-    return go.Figure(drawn, _recoloured(figure.layout.to_plotly_json()))
+    traces: list[Any] = list(figure.select_traces())
+    return go.Figure(
+        [_recoloured(trace.to_plotly_json()) for trace in traces], _recoloured(figure.layout.to_plotly_json())
+    )
 
 
 _IN_TEXT = re.compile(r'(?<=<span style="color:)#[0-9A-F]{6}(?=">)')  # text of prompts has no "<"

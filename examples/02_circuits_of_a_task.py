@@ -1,6 +1,7 @@
 # ---
 # jupyter:
 #   jupytext:
+#     formats: ipynb,py:percent
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -12,7 +13,7 @@
 # ---
 
 # %% [markdown]
-# # The circuit of a task
+# # Circuits of a task
 #
 # From pairs of prompts to a drawn circuit: which heads and MLPs make a small language model follow
 # *son* with *his* and *aunt* with *her*? The model is in the package, so this runs without a network.
@@ -37,8 +38,10 @@ curve
 curve.plot()
 
 # %% [markdown]
+# ## The circuit
+#
 # The smallest circuit of this family that recovers 90% of the logit difference. Every absent edge carries what it
-# carries on the corrupted prompt.
+# carries on the corrupted prompt. Edges have the colour of what they are read as, and the width of their score.
 
 # %%
 scores = td.attribute(model, task, graph="component", method="eap-ig")
@@ -47,7 +50,32 @@ assert circuit.verify(model).faithfulness >= 0.9
 circuit.plot(scores)
 
 # %% [markdown]
-# Is every edge needed? What each is worth, least needed first; and whether the rest of the model could do without.
+# How important all edges are that each head and MLP writes:
+
+# %%
+scores.plot()
+
+# %% [markdown]
+# ## Two methods
+#
+# Plain edge attribution patching takes gradients at the clean prompts only. Where do the two circuits differ?
+
+# %%
+other = td.attribute(model, task, graph="component", method="eap").rank().circuit(circuit.n_edges)
+td.plot.plot_difference(circuit, other, names=("eap-ig", "eap"), scores=scores)
+
+# %%
+td.plot.plot_curves(
+    {
+        "eap-ig": curve,
+        "eap": td.density(model, task, graph="component", method="eap"),
+    }
+)
+
+# %% [markdown]
+# ## Is every edge needed?
+#
+# What each edge is worth, least needed first; and whether the rest of the model could do without.
 
 # %%
 print(td.completeness(model, circuit))
