@@ -163,6 +163,19 @@ def test_every_figure_opens_and_no_label_lies_over_another(opened, figures, name
     assert ground == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(21, 23, 27)")
 
 
+def test_labels_over_one_another_would_be_found(opened, figures):
+    crowded = go.Figure(figures["circuit_long"]).update_layout(width=None)
+    crowded.add_annotation(text="here", x=0.5, y=0.5, showarrow=False)
+    crowded.add_annotation(text="and here", x=0.5, y=0.5, showarrow=False)
+    page = opened(crowded.update_layout(meta={"min_width": 0}), 400)
+    page.wait_for_selector(".js-plotly-plot .main-svg")
+    found = page.evaluate(OVERLAPS)
+    assert "and here | here" in found
+    assert len(found) > 10  # names of tokens
+    for looked_at in (".gtitle", ".gtitle-subtitle", ".xtick text", ".ytick text", ".xtitle", ".ytitle", ".legendtext"):
+        assert page.query_selector(looked_at), looked_at
+
+
 def test_every_figure_is_among_those_tried(figures):
     assert set(figures) == set(NAMES)
 

@@ -311,7 +311,7 @@ class TestGrowth:
 
     def test_of_large_circuits_the_strongest_edges_are_drawn(self):
         figure = plot_growth(CURVE, max_edges=10)
-        # of the larger ones only each 2.25 times the one before, or minimal
+        # of the larger ones only the minimal circuits and the whole graph
         assert [step.label for step in figure.layout.sliders[0].steps] == ["1", "4", "8", "20", "57"]
         assert [n_lines(figure, step) for step in range(5)] == [1, 4, 8, 10, 10]
         title = figure.layout.sliders[0].steps[-1].args[1]["title.text"]

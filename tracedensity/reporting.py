@@ -29,7 +29,7 @@ from tracedensity.unembedding import TopTokens, top_tokens
 if TYPE_CHECKING:
     import pandas as pd
 
-MOST = 400
+MOST = 800
 """Edges of a circuit that a report draws, half as many of two: its file is to stay small."""
 
 _SCORING = ("graph", "ablation", "steps", "ungroup", "positions", "position", "seed")

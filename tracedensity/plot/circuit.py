@@ -75,7 +75,7 @@ def plot_circuit(
     them (neurons of one MLP are one bar), and each head is a line from the token that it reads to the one
     that it writes to; heads of a layer between the same two tokens lie side by side.
 
-    Where there would be more than `MAX_EDGES`, only the strongest are drawn: by scores, else by rank, and without
+    Where there would be more than `MAX_EDGES`, only the strongest are drawn: by rank, else by scores, and without
     either those nearest to the prediction. The title says so.
 
     Args:
@@ -176,10 +176,10 @@ def strongest(
     graph = token_graph(circuit)
     if circuit.n_edges <= most:
         return circuit, ""
-    if scores is not None:
-        order, which = flatten(graph, scores.importance()).double(), f"the {most:,} strongest"
-    elif ranking is not None:
+    if ranking is not None:  # before scores: those that compare within a state only would leave no path
         order, which = -flatten(graph, ranking.rank).double(), f"the {most:,} that enter first"
+    elif scores is not None:
+        order, which = flatten(graph, scores.importance()).double(), f"the {most:,} strongest"
     else:  # in canonical order edges go up the layers, and from token to token
         order, which = torch.arange(graph.n_edges).double(), f"the {most:,} nearest to the prediction"
     kept = flatten(graph, circuit.kept)

@@ -37,16 +37,16 @@ def plot_growth(
 ) -> go.Figure:
     """The circuit of each size, drawn as `plot_circuit` draws it, with a slider over sizes.
 
-    The steps are sizes that were run, each at least 1.5 times the one before, the minimal circuits at the curve's
-    thresholds, and the whole graph. Edges stay where they are while the circuit grows.
+    The steps are sizes that were run, each at least 1.5 times the one before up to `max_edges`, the minimal circuits at
+    the curve's thresholds, and the whole graph. Edges stay where they are while the circuit grows.
 
     Args:
         curve: Whose circuits to draw, on the token graph; no model is run.
         scores: Scores of the edges: the more important an edge, the wider its line.
         tokens: What edges say, to be read under the mouse; see `top_tokens`.
         faithfulness: Which circuit to begin with: the smallest that is this faithful.
-        max_edges: How many edges are drawn, at most `MAX_EDGES`; of larger circuits the strongest, or without scores
-            those that enter first, and the title says so.
+        max_edges: How many edges are drawn, at most `MAX_EDGES`; of larger circuits those that enter first, and the
+            title says so.
         theme: "light" or "dark".
 
     Raises:
@@ -77,7 +77,8 @@ def _sizes(curve: DensityCurve, faithfulness: float | int, max_edges: int) -> li
     minimal = {curve.minimal_size(threshold) for threshold in (*curve.thresholds, faithfulness)} | {curve.n_edges}
     chosen: list[int] = []
     for size in curve.sizes.tolist():
-        apart = _APART if size <= max_edges else _APART**2  # of the larger ones not all edges are seen anyhow
-        if size > 0 and (size in minimal or not chosen or size >= apart * chosen[-1]):
+        if size > max_edges and size not in minimal:  # would look like the one before
+            continue
+        if size > 0 and (size in minimal or not chosen or size >= _APART * chosen[-1]):
             chosen.append(size)
     return chosen

@@ -32,7 +32,7 @@ p {{ max-width: 76ch; }}
   border: 1px solid var(--faint); border-radius: 4px; cursor: pointer; }}
 .text {{ line-height: 2; overflow-wrap: anywhere; max-width: none; }}
 .text span {{ background: var(--faint); border-radius: 3px; padding: 2px 1px; margin-right: 2px;
-  white-space: pre-wrap; }}
+  white-space: pre-wrap; display: inline-block; line-height: 1.4; max-width: 100%; }}
 .text .prediction {{ background: var(--head); color: var(--paper); padding: 2px 5px; }}
 .side {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 8px 32px; }}
 table {{ border-collapse: collapse; margin: 12px 0; font-variant-numeric: tabular-nums; font-size: 14px; }}

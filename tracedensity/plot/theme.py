@@ -13,12 +13,12 @@ import plotly.graph_objects as go
 
 Theme: TypeAlias = Literal["light", "dark"]
 
-# Okabe and Ito's palette, which people with any common form of colour blindness can tell apart.
+# Okabe and Ito's palette, with a darker grey: people with any common form of colour blindness can tell them apart.
 COLOURS = {
     "head": "#0072B2",
     "mlp": "#D55E00",
     "published": "#CC79A7",
-    "residual": "#8A8A8A",
+    "residual": "#6E6E6E",
     "circuit": "#1A1A1A",
     "random": "#E69F00",
     "inverse": "#009E73",
@@ -40,11 +40,11 @@ DARK = {
     BAND: "#1C1F25",
     DEAD: "#4B515A",
     COLOURS["head"]: "#56B4E9",
-    COLOURS["mlp"]: "#F28C3C",
+    COLOURS["mlp"]: "#E8702A",
     COLOURS["published"]: "#E5A3C8",
     COLOURS["residual"]: "#7D848C",
-    COLOURS["random"]: "#F2BE4A",
-    COLOURS["inverse"]: "#2FBF94",
+    COLOURS["random"]: "#F5D060",
+    COLOURS["inverse"]: "#10B070",
     **dict(zip(SEQUENTIAL, ("#20262E", "#24496A", "#2F75A8", "#5FA8DC", "#CDE6FA"), strict=True)),
     **dict(zip(DIVERGING, ("#7CC4F5", "#2F6A93", "#24272D", "#96562A", "#FFB070"), strict=True)),
 }
