@@ -14,8 +14,8 @@ from tracedensity.graph import flatten, unflatten
 from tracedensity.graph.circuit import Circuit
 from tracedensity.graph.component import ComponentGraph
 from tracedensity.graph.token import TokenGraph
-from tracedensity.plot import circuit as circuit_module
 from tracedensity.plot import plot_circuit, plot_difference, plot_growth, theme
+from tracedensity.plot.edges import strongest
 from tracedensity.score import Scores
 from tracedensity.tight import TightCurve
 from tracedensity.unembedding import TopTokens
@@ -184,16 +184,16 @@ class TestWhatIsKnown:
 class TestLargeCircuits:
     def test_the_strongest_edges_are_drawn(self):
         values = dict(zip(("m0@0", "m0@1", "m0@2", "m0@3", "m1@3"), range(1, 6), strict=True))
-        drawn, which = circuit_module.strongest(whole(GRAPH), scores_of(values), None, 3)
+        drawn, which = strongest(whole(GRAPH), scores_of(values), None, 3)
         assert set(drawn.edge_names()) == {"m0@2", "m0@3", "m1@3"}
         assert which == "the 3 strongest"
 
     def test_without_scores_those_that_enter_first_or_are_nearest_to_the_prediction(self):
         ranking = CURVE.ranking
-        drawn, which = circuit_module.strongest(whole(GRAPH), None, ranking, 4)
+        drawn, which = strongest(whole(GRAPH), None, ranking, 4)
         assert drawn.edge_names() == ranking.circuit(4).edge_names()
         assert which == "the 4 that enter first"
-        drawn, which = circuit_module.strongest(whole(GRAPH), None, None, 2)
+        drawn, which = strongest(whole(GRAPH), None, None, 2)
         assert set(drawn.edge_names()) == {"m1@3", "r1.mlp@3"}  # into the prediction
         assert which == "the 2 nearest to the prediction"
 
@@ -386,7 +386,7 @@ def test_the_strongest_of_a_random_circuit_are_those_of_a_slow_sort():
     values = {kind: torch.randn(shape, generator=generator) for kind, shape in GRAPH.shapes.items()}
     scores = Scores(GRAPH, values, PROVENANCE, helpful=-1)
     circuit = CURVE.circuit(size=20)
-    drawn, _ = circuit_module.strongest(circuit, scores, None, 6)
+    drawn, _ = strongest(circuit, scores, None, 6)
     slow = sorted(
         circuit.edge_names(), key=lambda name: -abs(values[GRAPH.edge_index(name)[0]][GRAPH.edge_index(name)[1]])
     )

@@ -22,7 +22,7 @@ PROMPT = [3, 1, 4, 1, 5]
 OTHER = [9, 2, 6, 5, 3]
 TASK = replace(EQUAL, name="made up")
 STORY = "said the old man"
-HOSTILE = "he said <script>alert(1)</script> and \"then\" 'so' & $x$ <img src=x onerror=alert(2)>"
+HOSTILE = "<script>alert(1)</script> \"a\" 'b' & $x$ <img src=x onerror=alert(2)>"
 ATTACK = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
 
@@ -40,6 +40,11 @@ def own_model():
 @pytest.fixture(scope="module")
 def made(own_model):
     return td.report(own_model, PROMPT, compare=OTHER)
+
+
+@pytest.fixture(scope="module")
+def made_page(made):
+    return made.html()
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +199,7 @@ def test_a_search_s_smaller_circuit_is_the_one_that_is_looked_at(tiny_gpt2):
     assert finding.circuit.certificate is not None
     assert finding.circuit.n_edges == finding.curve.minimal_size(0.9) <= finding.curve.published.minimal_size(0.9)
     assert set(finding.nodes["node"]) == set(td.minimality(tiny_gpt2, finding.circuit, by="node")["node"])
-    assert "search" in report.html() or "refined" in report.html()
+    assert "published (edges)" in report.html()
 
 
 def test_a_model_of_heads_alone_has_no_neurons():
@@ -243,7 +248,7 @@ def test_the_page_of_a_prompt_holds_its_findings(made):
     alone = replace(made, findings=made.findings[:1])
     (finding,) = alone.findings
     page = Page(outside_plotly(alone.html()))
-    assert {"curve", "circuit", "composition", "entry"} <= set(page.ids)
+    assert {"curve", "circuit", "composition", "heads"} <= set(page.ids)
     assert "How much of the model does this prediction need?" in page.text
     size, n_edges = finding.circuit.n_edges, finding.curve.n_edges
     assert f"{size} of {n_edges} edges" in page.text and "suffice for 90% faithfulness" in page.text
@@ -262,8 +267,8 @@ def test_the_page_of_a_prompt_holds_its_findings(made):
     assert alone.command in page.text
 
 
-def test_shares_of_the_flow_are_those_of_heads_and_mlps(made):
-    (rows, _) = Page(outside_plotly(made.html())).table("head or MLP")
+def test_shares_of_the_flow_are_those_of_heads_and_mlps(made, made_page):
+    (rows, _) = Page(outside_plotly(made_page)).table("head or MLP")
     (finding, _) = made.findings
     for name, _, _, share, way, says in rows:
         layer, *head = (int(number) for number in re.findall(r"\d+", name))
@@ -273,10 +278,10 @@ def test_shares_of_the_flow_are_those_of_heads_and_mlps(made):
         assert says.count("'") == 6  # three tokens
 
 
-def test_two_prompts_are_set_side_by_side(made):
-    page = Page(outside_plotly(made.html()))
+def test_two_prompts_are_set_side_by_side(made_page):
+    page = Page(outside_plotly(made_page))
     assert len(page.ids) == len(set(page.ids))
-    figures = {"curve", "circuit", "composition", "entry"}
+    figures = {"curve", "circuit", "composition", "heads"}
     assert {f"{name}-{number}" for name in figures for number in (1, 2)} | {"compared", "difference"} <= set(page.ids)
     assert len(page.table("next token")) == len(page.table("head or MLP")) == len(page.table("neuron")) == 2
     assert "How much of the model do these two need?" in page.text
@@ -293,7 +298,7 @@ def test_two_prompts_are_set_side_by_side(made):
     ],
 )  # fmt: skip
 def test_whatever_is_compared_has_a_page(first, second, options, joint, figures, own_model):
-    report = td.report(own_model, first, compare=second, baselines=False, **options)
+    report = td.report(own_model, first, compare=second, baselines=False, thresholds=(0.9,), **options)
     page = Page(outside_plotly(report.html()))
     assert figures <= set(page.ids)
     assert ("compared" in page.ids) == joint
@@ -305,7 +310,7 @@ def test_the_page_of_a_task_holds_its_pairs(of_task):
     page = Page(outside_plotly(of_task.html()))
     assert "How much of the model does 'made up' need?" in page.text
     assert "of its edges are on a path from the input to the logits" in page.text
-    assert {"curve", "circuit", "composition", "entry"} <= set(page.ids)
+    assert {"curve", "circuit", "composition", "heads"} <= set(page.ids)
     (nodes,) = page.table("head or MLP")
     assert [row[0] for row in nodes] == of_task.findings[0].nodes["node"].head(12).tolist()
     assert {len(row) for row in nodes} == {3}  # nothing is said of flow
@@ -326,31 +331,22 @@ def test_the_whole_graph_is_asked_for_as_a_whole_number(own_model):
 
 
 def test_one_token_has_a_page(own_model):
-    assert "curve" in Page(outside_plotly(td.report(own_model, [3]).html())).ids
+    assert "curve" in Page(outside_plotly(td.report(own_model, [3], baselines=False).html())).ids
 
 
 def test_a_page_needs_no_network_and_is_small_enough_to_send(books):
-    text = " ".join([STORY, "and the young man of the house said that he had seen the old"] * 2)
-    report = td.report(books, text, compare=STORY, baselines=False)
+    text = f"{STORY}, and the young man of the house said that he had seen the old"
+    report = td.report(books, text, compare=text, baselines=False, thresholds=(0.9,))
     page = report.html()
-    assert report.findings[0].curve.n_edges > 5_000
+    assert report.findings[0].circuit.n_edges > MOST / 2  # as many lines as there can be
     assert len(page.encode()) < 6_000_000
     rest = outside_plotly(page)
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", rest)
     assert re.findall(r"<script[^>]+src", rest) == []
 
 
-def test_the_same_call_gives_the_same_bytes(own_model, made, tmp_path):
-    path = tmp_path / "report.html"
-    again = td.report(own_model, PROMPT, compare=OTHER, path=path)
-    assert path.read_bytes() == made.html().encode() == again.html().encode()
-    assert list(tmp_path.iterdir()) == [path]
-    made.save(tmp_path / "other.html")
-    assert (tmp_path / "other.html").read_bytes() == path.read_bytes()
-
-
 def test_text_of_prompts_is_shown_and_never_run(books):
-    report = td.report(books, HOSTILE, compare=HOSTILE, baselines=False, thresholds=(0.9,))
+    report = td.report(books, HOSTILE, compare=f"{HOSTILE}!", baselines=False, thresholds=(0.5,))
     rest = outside_plotly(report.html())
     page = Page(rest)
     assert "alert(1)" in page.text and "onerror=alert(2)" in page.text
@@ -361,9 +357,6 @@ def test_text_of_prompts_is_shown_and_never_run(books):
 
 
 def test_names_of_tasks_models_and_functions_are_never_run(of_task):
-    def named(logits, examples):
-        return logits
-
     (finding,) = of_task.findings
     about = replace(finding.curve.provenance, task=replace(TASK, name=ATTACK), model=ATTACK, metric=ATTACK)
     curve = replace(finding.curve, metric=ATTACK, ranking=replace(finding.curve.ranking, provenance=about))
@@ -392,15 +385,16 @@ def test_the_short_page_says_where_a_curve_is_from(made):
 # -- how to make it again --------------------------------------------------------------------------
 
 
-def test_the_command_makes_the_same_report(own_model, made, monkeypatch, tmp_path):
+def test_the_command_makes_the_same_bytes(own_model, made, made_page, monkeypatch, tmp_path):
     assert made.command == (
         "td.report(td.load_model('tiny-gpt2'), [3, 1, 4, 1, 5], compare=[9, 2, 6, 5, 3], faithfulness=0.9, "
         "path='report.html')"
     )
     monkeypatch.setitem(td.__dict__, "load_model", {"tiny-gpt2": own_model}.get)
     monkeypatch.chdir(tmp_path)
-    assert eval(made.command, {"td": td}).html() == made.html()
-    assert (tmp_path / "report.html").read_text(encoding="utf-8") == made.html()
+    assert isinstance(eval(made.command, {"td": td}), Report)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    assert (tmp_path / "report.html").read_bytes() == made_page.encode()
 
 
 def test_options_are_in_the_command(own_model, monkeypatch):
@@ -412,7 +406,8 @@ def test_options_are_in_the_command(own_model, monkeypatch):
     )
     monkeypatch.setitem(td.__dict__, "load_model", {"tiny-gpt2": own_model}.get)
     again = eval(report.command.replace(", path='report.html'", ""), {"td": td})
-    assert again.html() == report.html()
+    assert again.findings[0].curve.to_dict() == report.findings[0].curve.to_dict()
+    assert edges_of(again.findings[0].circuit) == edges_of(report.findings[0].circuit)
 
 
 def test_text_and_tasks_are_in_the_command(books, of_task):
@@ -422,10 +417,10 @@ def test_text_and_tasks_are_in_the_command(books, of_task):
     assert "<Task 'made up'>" in of_task.command
 
 
-def test_the_report_says_what_it_was_made_with(made):
+def test_the_report_says_what_it_was_made_with(made, made_page):
     assert made.versions.keys() == {"tracedensity", "transformer-lens", "torch", "python"}
     assert made.versions["tracedensity"] == td.__version__
-    text = Page(outside_plotly(made.html())).text
+    text = Page(outside_plotly(made_page)).text
     assert f"torch {made.versions['torch']}" in text
 
 

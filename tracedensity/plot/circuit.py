@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-import torch
 from jaxtyping import Bool, Float, Shaped
 from numpy import ndarray
 
+from tracedensity.activations import head_name, mlp_name
 from tracedensity.extract import Ranking
-from tracedensity.graph import flatten, unflatten
 from tracedensity.graph.circuit import Circuit
 from tracedensity.graph.token import TokenGraph
 from tracedensity.plot.caption import about, size_of
+from tracedensity.plot.edges import edges_of, require_same_graph, rows_of, strongest, token_graph
 from tracedensity.plot.lines import in_legend, joined, touched, width_classes, width_entries
 from tracedensity.plot.theme import (
     BAND,
@@ -39,20 +39,9 @@ from tracedensity.plot.theme import (
 from tracedensity.score import Scores
 from tracedensity.unembedding import TopTokens
 
-MAX_EDGES = 10_000
-"""Edges that are drawn; of a larger circuit only the strongest are."""
-
 KINDS = {"head": COLOURS["head"], "MLP": COLOURS["mlp"], "skip connection": COLOURS["residual"]}
 """What edges are called in the legend, and their colours."""
 
-_PARTS = {
-    "head": "head",
-    "mlp": "MLP",
-    "neuron": "MLP",
-    "resid_attn": "skip connection",
-    "resid_mlp": "skip connection",
-}
-_AXES = {"head": ["layer", "head", "dest", "src"], "neuron": ["layer", "dest", "neuron"]}
 _NAMED_TOKENS = 72  # more do not fit beside one another
 _COLUMN = 15  # px that a token needs for its name, written upwards
 _ROUND = ((0.0, 0.0), (0.08, 0.55), (0.2, 0.9), (0.34, 1.0), (0.66, 1.0), (0.8, 0.9), (0.92, 0.55), (1.0, 0.0))
@@ -98,113 +87,6 @@ def plot_circuit(
     return picture.framed(picture.figure(scores), size_of(circuit), about(circuit), remark=remark, theme=theme)
 
 
-# -- what there is to draw -------------------------------------------------------------------------
-
-
-def token_graph(circuit: Circuit) -> TokenGraph:
-    """The graph of a circuit that can be drawn here."""
-    if not isinstance(circuit.graph, TokenGraph):
-        raise ValueError(f"`circuit` must be one of a TokenGraph to be drawn, got {type(circuit.graph).__name__}.")
-    return circuit.graph
-
-
-def require_same_graph(
-    circuit: Circuit, scores: Scores | None = None, ranking: Ranking | None = None, tokens: TopTokens | None = None
-) -> None:
-    """Raise a ValueError if what is known of edges is not of the circuit's graph, or cannot be drawn."""
-    graph = token_graph(circuit)
-    for name, other in (("scores", scores), ("ranking", ranking), ("tokens", tokens)):
-        if other is not None and other.graph != graph:
-            raise ValueError(f"`{name}` must be of the circuit's graph, {graph}, got some of {other.graph}.")
-    if scores is not None and (n_bad := sum(int((~each.isfinite()).sum()) for each in scores.values.values())):
-        raise ValueError(f"`scores` must be finite to be drawn, got {n_bad} NaN or infinite.")
-
-
-def edges_of(
-    circuit: Circuit,
-    *,
-    scores: Scores | None = None,
-    ranking: Ranking | None = None,
-    tokens: TopTokens | None = None,
-) -> pd.DataFrame:
-    """One row per edge, neurons of one MLP merged.
-
-    Columns `kind` (of the graph), `layer`, `head` (-1 for others), `dest`, `src`, `count` (of merged edges), `row` (of
-    the state that the edge leaves), `part` (a key of `KINDS`) and `group` (what it is coloured by: its part); where
-    known, `score`, `importance`, `entry` (size of the smallest circuit with the edge) and `says`.
-    """
-    graph = token_graph(circuit)
-    importance = {} if scores is None else scores.importance()
-    frames = []
-    for kind, mask in circuit.kept.items():
-        mask = mask.cpu()
-        frame = pd.DataFrame(mask.nonzero().numpy(), columns=_AXES.get(kind, ["layer", "dest"])).assign(kind=kind)
-        if scores is not None:
-            frame["score"] = scores.values[kind].cpu()[mask].double().numpy()
-            frame["importance"] = importance[kind].cpu()[mask].double().numpy()
-        if ranking is not None:
-            frame["entry"] = 1 + ranking.rank[kind].cpu()[mask].numpy()
-        frames.append(_merged(frame) if kind == "neuron" else frame.assign(count=1))
-    edges = pd.concat(frames, ignore_index=True)
-    edges["head"] = edges["head"].fillna(-1).astype(int)
-    edges["src"] = edges["src"].fillna(edges["dest"]).astype(int)
-    edges["row"] = edges["layer"] * _rows(graph) + edges["kind"].isin(["mlp", "neuron", "resid_mlp"])
-    edges["part"] = edges["group"] = edges["kind"].map(_PARTS.get)
-    if tokens is not None:
-        edges["says"] = [_says(tokens, *place) for place in edges[["kind", "layer", "head", "dest", "src"]].to_numpy()]
-    return edges
-
-
-def _says(tokens: TopTokens, kind: str, layer: int, head: int, dest: int, src: int) -> str:
-    texts = tokens.of(kind, (layer, head, dest, src) if kind == "head" else (layer, dest))
-    return label(", ".join(quoted(text, 16) for text in texts))
-
-
-def _merged(neurons: pd.DataFrame) -> pd.DataFrame:
-    """The neurons of each MLP as one row, with the score of the most important one and the entry of the first."""
-    if "importance" in neurons:
-        neurons = neurons.sort_values("importance", ascending=False, kind="stable")
-    how = {name: "min" if name == "entry" else "first" for name in neurons if name not in ("layer", "dest", "neuron")}
-    of_mlps = neurons.groupby(["layer", "dest"])
-    return of_mlps.agg(how).assign(count=of_mlps.size()).reset_index()
-
-
-def strongest(
-    circuit: Circuit, scores: Scores | None, ranking: Ranking | None, most: int = MAX_EDGES
-) -> tuple[Circuit, str]:
-    """The part of a circuit that is drawn, and which edges these are if they are not all."""
-    graph = token_graph(circuit)
-    if circuit.n_edges <= most:
-        return circuit, ""
-    if ranking is not None:  # before scores: those that compare within a state only would leave no path
-        order, which = -flatten(graph, ranking.rank).double(), f"the {most:,} that enter first"
-    elif scores is not None:
-        order, which = flatten(graph, scores.importance()).double(), f"the {most:,} strongest"
-    else:  # in canonical order edges go up the layers, and from token to token
-        order, which = torch.arange(graph.n_edges).double(), f"the {most:,} nearest to the prediction"
-    kept = flatten(graph, circuit.kept)
-    best = order.masked_fill(~kept, -torch.inf).argsort(descending=True, stable=True)[:most]
-    drawn = torch.zeros_like(kept)
-    drawn[best] = True
-    return circuit.of_edges(unflatten(graph, drawn, False)), which
-
-
-def among(edges: pd.DataFrame, circuit: Circuit) -> Bool[ndarray, " edge"]:
-    """Which of the edges are in a circuit."""
-    chosen = np.zeros(len(edges), dtype=bool)
-    for kind, mask in circuit.kept.items():
-        rows = (edges["kind"] == kind).to_numpy()
-        axes = ["layer", "head", "dest", "src"] if kind == "head" else ["layer", "dest"]
-        kept = (mask.any(-1) if kind == "neuron" else mask).cpu().numpy()
-        chosen[rows] = kept[tuple(edges.loc[rows, axes].to_numpy().T)]
-    return chosen
-
-
-def _rows(graph: TokenGraph) -> int:
-    """Rows of states per layer."""
-    return 2 if graph.has_mlp else 1
-
-
 # -- where it stands -------------------------------------------------------------------------------
 
 
@@ -231,7 +113,7 @@ class Picture:
     @property
     def top(self) -> int:
         """Row of the prediction."""
-        return _rows(self.graph) * self.graph.n_layers
+        return rows_of(self.graph) * self.graph.n_layers
 
     @property
     def aside(self) -> float:
@@ -314,8 +196,6 @@ class Picture:
             columns[f"in circuits from %{{customdata[{len(columns)}]:,}} edges on"] = edges["entry"].tolist()
         if "says" in edges:
             columns[f"says %{{customdata[{len(columns)}]}}"] = edges["says"].tolist()
-        if "of" in edges:
-            columns[f"%{{customdata[{len(columns)}]}}"] = edges["of"].tolist()
         said = np.empty((len(edges), len(columns)), dtype=object)  # an array: plotly looks at lists item by item
         for place, column in enumerate(columns.values()):
             said[:, place] = column
@@ -324,14 +204,9 @@ class Picture:
     def _name(self, kind: str, layer: int, head: int, count: int) -> str:
         if kind == "neuron":
             return f"m{layer}: {count:,} of {self.graph.d_mlp:,} neurons"
-        around = {"resid_attn": "attention", "resid_mlp": "MLP"}
-        return (
-            f"skip around {around[kind]} {layer}"
-            if kind in around
-            else f"a{layer}.h{head}"
-            if kind == "head"
-            else f"m{layer}"
-        )
+        if kind in ("head", "mlp"):
+            return head_name(layer, head) if kind == "head" else mlp_name(layer)
+        return f"skip around {'attention' if kind == 'resid_attn' else 'MLP'} {layer}"
 
     # -- drawing -----------------------------------------------------------------------------------
 
@@ -402,7 +277,7 @@ class Picture:
     def _state(self, row: int) -> str:
         if row == 0:
             return "embedding"
-        layer, sublayer = divmod(row - 1, _rows(self.graph))
+        layer, sublayer = divmod(row - 1, rows_of(self.graph))
         return f"stream after {('attention', 'MLP')[sublayer]} {layer}"
 
     def _predicted(self) -> go.Scatter:
@@ -425,7 +300,7 @@ class Picture:
         self, figure: go.Figure, title: str, said: Sequence[str], *, remark: str, theme: Theme | str, below: float = 0
     ) -> go.Figure:
         """The figure with tokens along the bottom and layers up the side; `below` is room (px) for what comes next."""
-        n_pos, n_layers, rows = self.graph.n_pos, self.graph.n_layers, _rows(self.graph)
+        n_pos, n_layers, rows = self.graph.n_pos, self.graph.n_layers, rows_of(self.graph)
         step = -(-n_pos // _NAMED_TOKENS)
         named = range((n_pos - 1) % step, n_pos, step)  # the last token always
         read = set(self.edges["src"][self.edges["row"] == 0])

@@ -70,10 +70,10 @@ def plot_component(circuit: Circuit, *, scores: Scores | None = None, theme: The
     Raises:
         ValueError: If the circuit is not one of a component graph, or scores are of another graph or not finite.
     """
-    return drawn(circuit, scores, size_of(circuit), about(circuit), theme)
+    return drawn_component(circuit, scores, size_of(circuit), about(circuit), theme)
 
 
-def drawn(
+def drawn_component(
     circuit: Circuit,
     scores: Scores | None,
     title: str,

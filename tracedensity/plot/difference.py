@@ -4,9 +4,10 @@ import plotly.graph_objects as go
 
 from tracedensity.graph.circuit import Circuit
 from tracedensity.graph.component import ComponentGraph
-from tracedensity.plot import circuit as tokens_across
-from tracedensity.plot import component as heads_across
 from tracedensity.plot.caption import asked, scored
+from tracedensity.plot.circuit import Picture
+from tracedensity.plot.component import drawn_component
+from tracedensity.plot.edges import among, edges_of, require_same_graph, strongest, token_graph
 from tracedensity.plot.theme import COLOURS, MUTED, Theme, label, plain
 from tracedensity.score import Scores
 
@@ -48,12 +49,12 @@ def plot_difference(
     groups = {"both": MUTED, f"only {label(one)}": COLOURS["head"], f"only {label(other)}": COLOURS["mlp"]}
     union = first | second
     if isinstance(first.graph, ComponentGraph):
-        return heads_across.drawn(union, scores, title, about, theme, (first, second), list(groups.items()))
-    tokens_across.require_same_graph(union, scores)
-    drawn, which = tokens_across.strongest(union, scores, None)
-    edges = tokens_across.edges_of(drawn, scores=scores)
-    in_first, in_second = (tokens_across.among(edges, circuit) for circuit in (first, second))
+        return drawn_component(union, scores, title, about, theme, (first, second), list(groups.items()))
+    require_same_graph(union, scores)
+    drawn, which = strongest(union, scores, None)
+    edges = edges_of(drawn, scores=scores)
+    in_first, in_second = (among(edges, circuit) for circuit in (first, second))
     edges["group"] = [list(groups)[0 if a and b else 1 if a else 2] for a, b in zip(in_first, in_second, strict=True)]
     remark = which and f"of {union.n_edges:,} edges only {which} are drawn"
-    picture = tokens_across.Picture(tokens_across.token_graph(union), first.provenance.texts, edges, groups)
+    picture = Picture(token_graph(union), first.provenance.texts, edges, groups)
     return picture.framed(picture.figure(scores), title, about, remark=remark, theme=theme)

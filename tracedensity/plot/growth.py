@@ -8,19 +8,12 @@ import plotly.graph_objects as go
 
 from tracedensity.curve import DensityCurve
 from tracedensity.plot.caption import about, size_of
-from tracedensity.plot.circuit import (
-    KINDS,
-    MAX_EDGES,
-    Picture,
-    among,
-    edges_of,
-    require_same_graph,
-    strongest,
-    token_graph,
-)
+from tracedensity.plot.circuit import KINDS, Picture
+from tracedensity.plot.edges import MAX_EDGES, among, edges_of, require_same_graph, strongest, token_graph
 from tracedensity.plot.slider import Step, add_slider
 from tracedensity.plot.theme import Theme
 from tracedensity.score import Scores
+from tracedensity.tight import TightCurve
 from tracedensity.unembedding import TopTokens
 
 _APART = 1.5  # how much larger the next circuit is, at least
@@ -57,7 +50,8 @@ def plot_growth(
     circuits = [curve.circuit(size=size) for size in _sizes(curve, faithfulness, max_edges)]
     require_same_graph(circuits[0], scores, curve.ranking, tokens)
     drawn, which = zip(*(strongest(circuit, scores, curve.ranking, max_edges) for circuit in circuits), strict=True)
-    edges = edges_of(reduce(or_, drawn), scores=scores, ranking=curve.ranking, tokens=tokens)
+    entered = None if isinstance(curve, TightCurve) else curve.ranking  # what a search finds enters nowhere
+    edges = edges_of(reduce(or_, drawn), scores=scores, ranking=entered, tokens=tokens)
     first = np.argmax([among(edges, circuit) for circuit in drawn], axis=0)
     edges = edges.iloc[np.argsort(first, kind="stable")].reset_index(drop=True)  # what a step lacks is last
     picture = Picture(token_graph(circuits[0]), curve.provenance.texts, edges, KINDS, curve.top_text)

@@ -22,6 +22,7 @@ from tracedensity.plot.page import figure_div, page, table, text_line
 from tracedensity.plot.theme import percent, quoted, rounded, visible
 from tracedensity.reporting import MOST, Finding, Report
 from tracedensity.score import Scores
+from tracedensity.tight import TightCurve
 from tracedensity.unembedding import TopTokens
 
 
@@ -195,7 +196,8 @@ def _composition_section(curve: DensityCurve, suffix: str) -> list[str]:
 
 
 def _nodes_section(finding: Finding, suffix: str, most: int = 12) -> list[str]:
-    body = ["<h2>Which heads and neurons</h2>", figure_div(plot_heatmap(finding.curve.ranking), f"entry{suffix}")]
+    shown = finding.circuit if isinstance(finding.curve, TightCurve) else finding.curve.ranking
+    body = ["<h2>Which heads and neurons</h2>", figure_div(plot_heatmap(shown), f"heads{suffix}")]
     body.append(
         "<p>What each head and MLP of the circuit is worth, by running the circuit without it; the most needed first."
         + (
