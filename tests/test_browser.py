@@ -26,6 +26,8 @@ from tracedensity.plot import (
     plot_top,
     write_html,
 )
+from tracedensity.plot.page import figure_div
+from tracedensity.plot.page import page as whole_page
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 ARTEFACTS = Path(__file__).parent / "artefacts"
@@ -37,10 +39,11 @@ LONG = (  # 40 tokens
 HOSTILE = "he said <script>alert(1)</script> and \"then\" 'so' & $x$ <img src=x onerror=alert(2)>"
 
 # Texts that a reader has to read, and whether two of them lie over one another.
-OVERLAPS = """() => {
+OVERLAPS = """within => {
   const names = ".gtitle, .gtitle-subtitle, .xtick text, .x2tick text, .x3tick text, .ytick text, .y2tick text, " +
     ".xtitle, .x2title, .ytitle, .y2title, .legendtext, .slider-label, .annotation-text, .cbtitle text, .cbaxis text";
-  const texts = [...document.querySelectorAll(names)].filter(text => text.textContent.trim());
+  const inside = names.split(", ").map(name => (within || "") + name).join(", ");
+  const texts = [...document.querySelectorAll(inside)].filter(text => text.textContent.trim());
   const boxes = texts.map(text => [text.textContent, text.getBoundingClientRect()])
     .filter(([_, box]) => box.width > 0 && box.height > 0);
   const found = [];
@@ -153,14 +156,39 @@ NAMES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark")])
+@pytest.fixture(scope="module", params=[(1280, "light"), (400, "dark")], ids=["wide-light", "narrow-dark"])
+def sheet(request, browser, figures, tmp_path_factory):
+    """All figures on one page, and what the browser says or asks for meanwhile."""
+    width, scheme = request.param
+    path = tmp_path_factory.mktemp("sheet") / "sheet.html"
+    path.write_text(whole_page("all figures", [figure_div(figure, name) for name, figure in figures.items()]), "utf-8")
+    opened = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    said = []
+    opened.on("console", lambda message: said.append(message.text))
+    opened.on("pageerror", lambda error: said.append(str(error)))
+    opened.on("request", lambda asked: said.extend([asked.url] * (asked.url != path.as_uri())))
+    opened.goto(path.as_uri())
+    for name in figures:
+        opened.wait_for_selector(f"#{name} .main-svg")
+    yield opened, width, scheme, said
+    opened.close()
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_every_figure_opens_and_no_label_lies_over_another(opened, figures, name, width, scheme):
-    page = opened(figures[name], width, scheme)
-    page.wait_for_selector(".js-plotly-plot .main-svg")
-    assert page.evaluate(OVERLAPS) == []
-    ground = page.evaluate("getComputedStyle(document.querySelector('.main-svg')).backgroundColor")
+def test_every_figure_opens_and_no_label_lies_over_another(sheet, name):
+    opened, width, scheme, said = sheet
+    ARTEFACTS.mkdir(exist_ok=True)
+    opened.locator(f".figure:has(#{name})").screenshot(path=ARTEFACTS / f"{name}_{width}_{scheme}.png")
+    assert opened.evaluate(OVERLAPS, f"#{name} ") == []
+    ground = opened.evaluate(f"getComputedStyle(document.querySelector('#{name} .main-svg')).backgroundColor")
     assert ground == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(21, 23, 27)")
+    assert opened.evaluate("document.documentElement.scrollWidth") <= width  # a wide figure scrolls by itself
+    assert said == []
+
+
+def test_nothing_stands_beside_a_figure(opened, figures):
+    page = opened(figures["curve_short"], 400)
+    assert page.evaluate("document.querySelector('.figure').clientWidth") == 400 - 32
 
 
 def test_labels_over_one_another_would_be_found(opened, figures):

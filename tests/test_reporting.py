@@ -21,6 +21,7 @@ from tracedensity.reporting import MOST, Report
 PROMPT = [3, 1, 4, 1, 5]
 OTHER = [9, 2, 6, 5, 3]
 TASK = replace(EQUAL, name="made up")
+TURNED = replace(TASK, clean=TASK.corrupted, corrupted=TASK.clean, name="turned")
 STORY = "said the old man"
 HOSTILE = "<script>alert(1)</script> \"a\" 'b' & $x$ <img src=x onerror=alert(2)>"
 ATTACK = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -294,7 +295,7 @@ def test_two_prompts_are_set_side_by_side(made_page):
         pytest.param(PROMPT, PROMPT, {}, True, {"compared", "difference"}, id="the same twice"),
         pytest.param(PROMPT, TASK, {}, False, set(), id="a prompt and a task"),
         pytest.param(PROMPT, TASK, {"graph": "component"}, False, {"difference"}, id="both on the component graph"),
-        pytest.param(TASK, replace(TASK, clean=TASK.corrupted, corrupted=TASK.clean), {}, True, {"compared"}, id="tasks"),
+        pytest.param(TASK, TURNED, {}, True, {"compared", "difference"}, id="tasks"),
     ],
 )  # fmt: skip
 def test_whatever_is_compared_has_a_page(first, second, options, joint, figures, own_model):
@@ -411,7 +412,7 @@ def test_options_are_in_the_command(own_model, monkeypatch):
 
 
 def test_text_and_tasks_are_in_the_command(books, of_task):
-    text = "the \"old\" man's"
+    text = 'the "old" man\'s'
     report = td.report(books, text, baselines=False, thresholds=(0.9,))
     assert f"td.load_model('books-llama'), {text!r}, faithfulness=0.9, baselines=False" in report.command
     assert "<Task 'made up'>" in of_task.command

@@ -5,6 +5,7 @@ import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 import torch
@@ -134,8 +135,8 @@ def test_the_image_of_a_curve_is_on_a_logarithmic_scale():
 
 def test_the_image_of_an_envelope_has_steps():
     corners = drawn(TightCurve.of(CURVE, (), ())._spark_svg())
-    assert all(a[0] == b[0] or a[1] == b[1] for a, b in zip(corners, corners[1:], strict=False))
-    assert all(a[1] >= b[1] for a, b in zip(corners, corners[1:], strict=False))
+    assert all(a[0] == b[0] or a[1] == b[1] for a, b in pairwise(corners))
+    assert all(a[1] >= b[1] for a, b in pairwise(corners))
 
 
 # -- notebooks -------------------------------------------------------------------------------------

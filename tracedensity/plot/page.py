@@ -41,8 +41,8 @@ th {{ color: var(--muted); vertical-align: bottom; }}
 th:first-child, td:first-child, .left {{ text-align: left; }}
 td {{ white-space: pre; }}
 .bar {{ display: inline-block; height: 9px; background: var(--head); border-radius: 2px; }}
-.wide {{ overflow-x: auto; }}
-.figure {{ overflow-x: auto; margin: 12px 0; }}
+.wide {{ overflow-x: auto; clear: both; }}
+.figure {{ overflow-x: auto; margin: 12px 0; clear: both; }}
 .note, footer {{ color: var(--muted); font-size: 13px; overflow-wrap: anywhere; }}
 code {{ font-size: 13px; overflow-wrap: anywhere; white-space: pre-wrap; }}
 """

@@ -25,6 +25,8 @@ from tracedensity.score import Scores
 from tracedensity.tight import TightCurve
 from tracedensity.unembedding import TopTokens
 
+_TOP = 10  # bars of what writes most
+
 
 def density_page(curve: DensityCurve, *, faithfulness: float | int = 0.9) -> str:
     """A page on one prediction or task, of what a curve holds: minimal sizes, the curve, circuits, their composition.
@@ -97,10 +99,13 @@ def activations_page(activations: Activations, heads: Sequence[str] | None = Non
         text_line(activations.texts),
         figure_div(plot_attention(activations, heads, n=n), "attention"),
     ]
-    for quantity, top in (("z", activations.top_heads), ("post", activations.top_neurons)):
+    model, n_layers = activations.transformer, len(activations.layers)
+    for quantity, top, n_each in (
+        ("z", activations.top_heads, model.n_heads),
+        ("post", activations.top_neurons, model.d_mlp),
+    ):
         if quantity in activations.values:
-            name = top.__name__
-            body.append(figure_div(plot_top(top()), name))
+            body.append(figure_div(plot_top(top(min(_TOP, n_layers * n_each))), top.__name__))
     return page(quoted("".join(activations.texts)), body)
 
 
