@@ -5,9 +5,11 @@ Run ``python docs/pictures.py`` from the repository's root; it needs kaleido and
 
 import os
 import re
+import shutil
 from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import jupytext
 import nbformat
@@ -28,9 +30,20 @@ a notebook they answer the mouse, and sliders move. [How figures are made, expor
 """
 
 
+REPORT = """## A report
+
+```py
+td.report(model, "said the old man, and shook his", compare="Once upon a time there was a little").save("report.html")
+```
+
+![The top of a report on two prompts](images/report.png)
+"""
+
+
 def main() -> None:
     """Make everything anew."""
     readme()
+    shown_elsewhere()
     parts = [INTRODUCTION]
     for old in IMAGES.glob("[0-9]*.png"):
         old.unlink()
@@ -38,6 +51,7 @@ def main() -> None:
         notebook = executed(source)
         nbformat.write(notebook, source.with_suffix(".ipynb"))
         parts += gallery(notebook, source.stem)
+    parts.append(REPORT)
     (ROOT / "docs" / "gallery.md").write_text("\n".join(parts), encoding="utf-8")
 
 
@@ -52,6 +66,30 @@ def readme() -> None:
     )  # fmt: skip
     for name, figure in (("circuit", drawn), ("curve", curve.plot())):
         figure.write_image(IMAGES / f"{name}.png", width=720, height=560, scale=1.5)
+
+
+def shown_elsewhere() -> None:
+    """What is no plotly figure: a strip, and the top of a report, as a browser shows them."""
+    from playwright.sync_api import sync_playwright
+
+    model = td.load_model("books-llama")
+    text = "The old man sat by the fire, and the child sat upon his knee"
+    n_tokens = len(td.capture(model, text, keep="z").tokens)
+    strip = td.plot.density_strip(
+        [td.density(model, text, position=place, baselines=False) for place in range(1, n_tokens)]
+    )
+    report = td.report(model, PROMPT, compare="Once upon a time there was a little")
+    with sync_playwright() as run, TemporaryDirectory() as folder:
+        browser = run.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        for name, made, size in (("strip", strip, (700, 150)), ("report", report, (1100, 1100))):
+            path = Path(folder) / f"{name}.html"
+            made.save(path)
+            page = browser.new_page(viewport={"width": size[0], "height": size[1]})
+            page.goto(path.as_uri())
+            page.wait_for_timeout(1000)
+            page.screenshot(path=IMAGES / f"{name}.png")
+            page.close()
+        browser.close()
 
 
 def executed(source: Path) -> nbformat.NotebookNode:
@@ -70,22 +108,23 @@ def gallery(notebook: nbformat.NotebookNode, name: str) -> Iterator[str]:
     said, shown = [], 0
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            title = re.match(r"# (.*)", cell.source)
-            if title:
+            if title := re.match(r"# (.*)", cell.source):
                 yield f"## [{title[1]}](../examples/{name}.ipynb)\n"
-            said.append(re.sub(r"^#+ (.*)\n*", "" if title else r"**\1.** ", cell.source))
+            said.append(re.sub(r"\A##", "###", re.sub(r"\A# .*\n*", "", cell.source)) + "\n")
             continue
         pictures = [output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})]
-        strips = [output for output in cell.outputs if "image/png" not in output.get("data", {})]
         if pictures:
             yield from said
-            yield f"\n```py\n{cell.source}\n```\n"
+            yield f"```py\n{cell.source}\n```\n"
         for picture in pictures:
             shown += 1
             path = IMAGES / f"{name[:2]}-{shown}.png"
             path.write_bytes(b64decode(picture))
-            yield f"![{cell.source.splitlines()[-1]}](images/{path.name})\n"
-        if pictures or strips:
+            yield f"![Figure {shown} of this notebook](images/{path.name})\n"
+        if "density_strip" in cell.source:
+            yield from said
+            yield f"```py\n{cell.source}\n```\n\n![A text in colours](images/strip.png)\n"
+        if pictures or cell.outputs:
             said = []
 
 

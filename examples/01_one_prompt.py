@@ -45,7 +45,7 @@ curve.plot()
 # %%
 scores = td.attribute(model, prompt)
 circuit = curve.circuit(faithfulness=0.9)
-curve.plot_circuits(scores, tokens=td.top_tokens(model, circuit), max_edges=150)
+curve.plot_circuits(scores, tokens=td.top_tokens(model, curve.circuit(size=114)), max_edges=114)
 
 # %% [markdown]
 # It is a claim that anybody can run again.
@@ -80,16 +80,23 @@ curve.ranking.plot()
 # %% [markdown]
 # ## Where the information comes from
 #
-# The prediction, divided among the edges that lead to it, back to the tokens.
+# How faithful the circuit is without the embedding of each token that it reads. (`td.trace_flow` says what the scores
+# say of that.)
 
 # %%
-flow = td.trace_flow(circuit, scores)
-for text, share in zip(curve.provenance.texts, flow.origins.tolist(), strict=True):
-    if share > 0.01:
-        print(f"{text!r:10} {share:.0%}")
+for row in td.minimality(model, circuit, by="token").itertuples():
+    print(f"{row.faithfulness:6.3f} without {curve.provenance.texts[row.token]!r}")
 
 # %% [markdown]
-# ## Inside: attention and neurons
+# And how early each token's states enter, sublayer by sublayer:
+
+# %%
+curve.ranking.plot(over="token")
+
+# %% [markdown]
+# ## Inside
+#
+# What the heads that write most attend to, and the neurons that write most.
 
 # %%
 activations = td.capture(model, prompt)

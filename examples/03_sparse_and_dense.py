@@ -65,6 +65,14 @@ sparse, dense = (curves[i].circuit(faithfulness=0.8) for i in (0, 3))
 td.plot.plot_heatmap(sparse, minus=dense)
 
 # %% [markdown]
+# Prompts of one length can be compared edge by edge: blue is only in the first circuit, orange only in the second.
+
+# %%
+young = td.density(model, "said the young man, and shook his", baselines=False).circuit(faithfulness=0.8)
+old = td.density(model, "said the old man, and shook his", baselines=False).circuit(faithfulness=0.8)
+td.plot.plot_difference(old, young, names=("old", "young"))
+
+# %% [markdown]
 # ## Along a text
 #
 # How much of the model does each word of a text need, given those before it? Rest the mouse on a word.

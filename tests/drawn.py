@@ -56,6 +56,16 @@ def make_curve(sizes, faithfulness, thresholds=(0.5, 0.9), texts=PROVENANCE.text
 CURVE = make_curve([0, 1, 4, 8, 16, 20], [0.0, 0.25, 0.625, 0.375, 0.75, 0.9375])
 
 
+def curve_of(ranking):
+    """A curve of some circuits of a ranking, half as faithful as large."""
+    sizes = torch.tensor(sorted({0, *(10**power for power in range(len(str(ranking.n_edges)))), ranking.n_edges}))
+    faithfulness = (sizes / ranking.n_edges).double() ** 0.5
+    return DensityCurve(
+        sizes, faithfulness, ranking, (0.5, 0.9), "tv", Conditions(),
+        entropy=1.0, top_token=0, top_text=" a", top_probability=0.5,
+    )  # fmt: skip
+
+
 def traces(figure, name):
     return [trace for trace in figure.data if trace.name == name]
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import plotly.graph_objects as go
 import pytest
 import torch
+from conftest import random_model
+from drawn import curve_of, provenance
 
 import tracedensity as td
 from tracedensity.plot import (
@@ -28,6 +30,7 @@ from tracedensity.plot import (
 )
 from tracedensity.plot.page import figure_div
 from tracedensity.plot.page import page as whole_page
+from tracedensity.reporting import MOST
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 ARTEFACTS = Path(__file__).parent / "artefacts"
@@ -133,6 +136,16 @@ def figures(model, curves):
             f"neurons_{size}": plot_top(held.top_neurons(8)),
             f"difference_{size}": plot_difference(circuit, curve.circuit(faithfulness=0.5), scores=scores),
         }
+    graph = td.TokenGraph(12, 12, 64)
+    generator = torch.Generator().manual_seed(0)
+    values = {kind: torch.rand(shape, generator=generator) for kind, shape in graph.shapes.items()}
+    large = td.Scores(graph, values, provenance([f" t{place}" for place in range(64)]))
+    made["curve_large"] = plot_curve(curve_of(large.rank("top")))
+    made["circuit_large"] = plot_circuit(large.rank().circuit(2_000), scores=large)
+    wide = td.ComponentGraph(12, 12, 12)
+    values = {"edge": torch.rand(wide.shapes["edge"], generator=generator)}
+    about = provenance([" a", " b"])
+    made["component_large"] = plot_component(td.Scores(wide, values, about).rank().circuit(200))
     made["tight"] = plot_curve(td.density(model, SHORT, refine=True, budget=20, thresholds=(0.5, 0.9)))
     made["curves"] = plot_curves(list(curves.values()))
     gpt2 = td.load_model("books-gpt2")
@@ -152,7 +165,7 @@ NAMES = [
             "curve", "circuit", "growth", "composition", "heads", "tokens", "attention", "neurons", "difference"
         )
     ),
-    "tight", "curves", "component", "component_difference",
+    "curve_large", "circuit_large", "component_large", "tight", "curves", "component", "component_difference",
 ]  # fmt: skip
 
 
@@ -269,7 +282,7 @@ class TestReports:
         assert f"{size} of 1,143 edges" in text  # how many suffice for 90%
         assert "suffice for 90% faithfulness" in text
         assert re.search(r"The heads that it can least do without[^.]*: a\d\.h\d", text)  # which heads matter most
-        assert re.search(r"The information comes from '[^']+' \(\d+%\)", text)  # from which token
+        assert re.search(r"The tokens that its information comes from[^:]*: ' \w+' \(0\.\d\d\)", text)
         for section in (
             "next token", "How faithful a circuit of each size is", "The circuit", "What circuits are made of",
             "Which heads and neurons", "Provenance", "transformer-lens 3.", "seed 0",
@@ -280,11 +293,39 @@ class TestReports:
     @pytest.mark.parametrize("scheme", ["light", "dark"])
     @pytest.mark.parametrize("width", [1280, 400])
     def test_of_two_prompts_fits_every_window(self, opened, model, width, scheme):
-        page = opened(td.report(model, SHORT, compare=LONG).html(), width, scheme)
+        made = td.report(model, SHORT, compare=LONG).html()
+        assert len(made.encode()) < 6_000_000
+        page = opened(made, width, scheme)
         page.wait_for_selector("#circuit-2 .main-svg")
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.evaluate(OVERLAPS) == []
-        assert len(page.content().encode()) < 9_000_000  # what plotly has drawn included
+
+    def test_of_a_large_model_and_of_two_prompts_alike(self, opened):
+        large = random_model(
+            n_layers=12, n_heads=12, d_model=48, d_head=4, n_ctx=64, act_fn="gelu", normalization_type="LN"
+        )
+        ids = [place % 20 for place in range(60)]
+        made = td.report(large, ids, compare=[*ids[:-1], 3], baselines=False, thresholds=(0.5, 0.9)).html()
+        assert len(made.encode()) < 6_000_000
+        page = opened(made, 400)
+        page.wait_for_selector("#circuit-2 .main-svg")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+        assert page.evaluate(OVERLAPS) == []
+
+    def test_the_slider_of_a_page_shows_the_first_so_many_of_what_is_there(self, opened, model, curves):
+        page = opened(td.report(model, LONG).html())
+        rail = page.wait_for_selector("#circuit .slider-rail-touch-rect").bounding_box()
+        circuit = curves[LONG].minimal_size(0.9)
+        assert page.evaluate(DRAWN) == min(circuit, MOST)
+        assert circuit > MOST
+        for share in (0.01, 0.35, 0.5):
+            page.mouse.click(rail["x"] + share * rail["width"], rail["y"] + rail["height"] / 2)
+            page.wait_for_timeout(400)
+            size = int(re.sub(r"\D", "", page.text_content("#circuit .slider-label")))
+            assert page.evaluate(DRAWN) == size
+        page.click("#theme")  # the other theme shows the same circuit
+        page.wait_for_timeout(400)
+        assert page.evaluate(DRAWN) == size
 
     def test_of_a_task(self, opened):
         gpt2 = td.load_model("books-gpt2")
@@ -329,8 +370,6 @@ def test_ten_thousand_edges_are_drawn_as_few_traces(opened):
     graph = td.TokenGraph(12, 12, 64)
     generator = torch.Generator().manual_seed(0)
     values = {kind: torch.rand(shape, generator=generator) for kind, shape in graph.shapes.items()}
-    from drawn import provenance
-
     about = provenance([f" t{place}" for place in range(64)])
     ranking = td.Scores(graph, values, about).rank("top")
     page = opened(plot_circuit(ranking.circuit(10_000), scores=td.Scores(graph, values, about)))

@@ -1,4 +1,4 @@
-"""What heads and MLPs of a circuit are worth: against running the circuit without the edges of each, one by one."""
+"""What heads, MLPs and tokens of a circuit are worth: against running it without the edges of each, one by one."""
 
 import pytest
 import torch
@@ -28,13 +28,19 @@ def owner(graph, kind, index):
     return None if writer == "input" else writer
 
 
-def owned(circuit):
-    """Edges of each head and MLP that has any."""
+def read(graph, kind, index):
+    """The token whose embedding an edge reads."""
+    source = graph.ends(kind, index)[0]
+    return int(source.removeprefix("s0@")) if source.startswith("s0@") else None
+
+
+def owned(circuit, owner=owner):
+    """Edges of each head and MLP, or of each token, that has any."""
     edges = {}
     for name in circuit.edge_names():
         kind, index = circuit.graph.edge_index(name)
-        if (node := owner(circuit.graph, kind, index)) is not None:
-            edges.setdefault(node, []).append((kind, index))
+        if (unit := owner(circuit.graph, kind, index)) is not None:
+            edges.setdefault(unit, []).append((kind, index))
     return edges
 
 
@@ -50,13 +56,14 @@ def reached(model, prompt, circuit, metric=None):
     return float(measured.faithfulness()[0])
 
 
-def assert_as_run_one_by_one(table, model, prompt, circuit, metric=None):
-    edges, own = owned(circuit), reached(model, prompt, circuit, metric)
-    assert sorted(table["node"]) == sorted(edges)
-    assert list(table.columns) == ["node", "size", "loss", "faithfulness"]
+def assert_as_run_one_by_one(table, model, prompt, circuit, metric=None, by="node"):
+    edges, own = owned(circuit, {"node": owner, "token": read}[by]), reached(model, prompt, circuit, metric)
+    assert sorted(table[by]) == sorted(edges)
+    assert list(table.columns) == [by, "size", "loss", "faithfulness"]
     for row in table.itertuples():
-        left = reached(model, prompt, without(circuit, edges[row.node]), metric)
-        assert row.size == len(edges[row.node])
+        unit = edges[getattr(row, by)]
+        left = reached(model, prompt, without(circuit, unit), metric)
+        assert row.size == len(unit)
         assert (row.faithfulness, row.loss) == pytest.approx((left, own - left), abs=2e-5)
     assert table["loss"].is_monotonic_increasing  # the least needed first
     assert list(table.index) == [*range(len(table))]
@@ -143,6 +150,21 @@ def test_a_head_with_one_edge_is_worth_that_edge(tiny_gpt2):
         assert by_node["loss"][name.split("@")[0]] == pytest.approx(by_edge["loss"][name], abs=1e-6)
 
 
+@pytest.mark.parametrize("share", [1.0, 0.4])
+def test_tokens_are_worth_what_running_without_their_embeddings_says(share, tiny_model):
+    circuit = some_circuit(tiny_model, share=share)
+    table = td.minimality(tiny_model, circuit, by="token")
+    assert_as_run_one_by_one(table, tiny_model, PROMPT, circuit, by="token")
+    assert table["loss"].abs().max() > 0.01
+
+
+def test_tokens_of_a_model_of_one_layer_and_no_mlp_are_all_that_there_is():
+    model = random_model(attn_only=True, n_layers=1, normalization_type="LN", model_name="one layer")
+    circuit = some_circuit(model, share=1.0)
+    table = td.minimality(model, circuit, by="token").set_index("token")
+    assert table["size"].to_dict() == {0: 4, 1: 4, 2: 4, 3: 4, 4: 5}  # each of four heads, and the skip connection
+
+
 # -- what there is none of, and what is refused ----------------------------------------------------
 
 
@@ -165,8 +187,13 @@ def test_skip_connections_and_the_embedding_are_no_nodes(tiny_gpt2):
 
 
 def test_what_is_neither_edge_nor_node_is_refused(tiny_gpt2):
-    with pytest.raises(ValueError, match="`by` must be 'edge' or 'node', got 'head'"):
+    with pytest.raises(ValueError, match="`by` must be 'edge'"):
         td.minimality(tiny_gpt2, some_circuit(tiny_gpt2), by="head")
+
+
+def test_tokens_of_the_component_graph_are_refused(tiny_gpt2):
+    with pytest.raises(ValueError, match="`by` must be 'edge' or 'node' but on the token graph, got 'token'"):
+        td.minimality(tiny_gpt2, some_circuit(tiny_gpt2, graph="component"), by="token")
 
 
 def test_another_model_is_refused(tiny_gpt2, tiny_llama):

@@ -133,13 +133,13 @@ class TestWhatIsKnown:
         circuit = make_circuit(*NAMES)
         figure = plot_circuit(circuit, scores=scores_of({NAMES[0]: -0.25}), ranking=ranking, tokens=tokens)
         entry = int(ranking.rank["head"][0, 1, 2, 0]) + 1
-        assert told(figure, "head") == [["a0.h1", "' t0' (0) → ' t2' (2)", "-0.25", entry, "' head', '&lt;b&gt;'"]]
+        assert told(figure, "head") == [["a0.h1", "' t0' (0) → ' t2' (2)", "-0.25", entry, "says ' head', '&lt;b&gt;'"]]
         assert told(figure, "MLP")[0][:2] == ["m0", "' t2' (2)"]
         assert [row[0] for row in told(figure, "skip connection")] == ["skip around attention 0", "skip around MLP 1"]
         (trace,) = traces(figure, "head, under the mouse")
         assert trace.hovertemplate == (
             "<b>%{customdata[0]}</b><br>%{customdata[1]}<br>score %{customdata[2]}<br>"
-            "in circuits from %{customdata[3]:,} edges on<br>says %{customdata[4]}<extra></extra>"
+            "in circuits from %{customdata[3]:,} edges on<br>%{customdata[4]}<extra></extra>"
         )
 
     def test_more_important_edges_are_wider_and_the_legend_says_how_wide(self):

@@ -150,7 +150,7 @@ def test_many_curves_are_coloured_by_size_and_have_a_bar_instead_of_a_legend():
     assert not any(trace.showlegend for trace in drawn)
     assert [drawn[i].line.color for i in (0, 3, -1)] == [
         "rgb(0, 114, 178)",  # COLOURS["head"]
-        "rgb(138, 138, 138)",  # COLOURS["residual"]: 8 is halfway from 2 to 32 on a logarithmic scale
+        "rgb(110, 110, 110)",  # COLOURS["residual"]: 8 is halfway from 2 to 32 on a logarithmic scale
         "rgb(213, 94, 0)",  # COLOURS["mlp"]
     ]
     axis = figure.layout.coloraxis
@@ -235,7 +235,7 @@ def test_a_dark_figure_has_dark_colours_only(count):
     assert set(re.findall("#[0-9A-F]{6}", figure.to_json())) <= set(DARK.values())
     ends = [trace.line.color for trace in figure.data if trace.mode == "lines+markers"][:: count - 1]
     assert ends == (
-        [DARK[COLOURS["head"]], DARK[COLOURS["mlp"]]] if count == 2 else ["rgb(86, 180, 233)", "rgb(242, 140, 60)"]
+        [DARK[COLOURS["head"]], DARK[COLOURS["mlp"]]] if count == 2 else ["rgb(86, 180, 233)", "rgb(232, 112, 42)"]
     )
 
 

@@ -372,6 +372,24 @@ def test_names_of_tasks_models_and_functions_are_never_run(of_task):
         assert rest.count("<script") == rest.count("</script")
 
 
+def test_tokens_are_never_run(made):
+    (finding, _) = made.findings
+    about = replace(finding.curve.provenance, texts=(ATTACK,) * len(PROMPT))
+    ranking = replace(finding.curve.ranking, provenance=about)
+    hostile = replace(
+        finding,
+        curve=replace(finding.curve, top_text=ATTACK, ranking=ranking),
+        circuit=replace(finding.circuit, provenance=about),
+        candidates=tuple(("<img>", share) for _, share in finding.candidates),
+        tokens=replace(finding.tokens, texts=dict.fromkeys(range(20), "<img>")),
+    )
+    rest = outside_plotly(replace(made, findings=(hostile,)).html())
+    page = Page(rest)
+    assert page.table("next token")[0][0][0] == "'<img>'"
+    assert page.table("head or MLP")[0][0][-1] == "'<img>', '<img>', '<img>'"
+    assert "img" not in page.tags and "<script>alert" not in rest and "<img" not in rest
+
+
 # -- the short page of a curve alone ---------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from tracedensity.activations import head_name, mlp_name
 from tracedensity.graph import edge_at, flatten, unflatten
 from tracedensity.graph.circuit import Circuit
+from tracedensity.graph.token import TokenGraph
 from tracedensity.groups import by_head
 from tracedensity.metric import Metric
 
@@ -51,23 +52,24 @@ def minimality(
     model: object,
     circuit: Circuit,
     *,
-    by: Literal["edge", "node"] | str = "edge",
+    by: Literal["edge", "node", "token"] | str = "edge",
     metric: Metric | None = None,
 ) -> "pd.DataFrame":
-    """What each edge of a circuit, or each head and MLP, is worth: how much less faithful the circuit is without it.
+    """What each edge of a circuit, each head and MLP, or each token is worth: how much less faithful it is without it.
 
     One run each, in batches.
 
     Args:
         model: The model that the circuit was found in.
         circuit: The circuit; it is run on its own prompt or task.
-        by: ``"edge"``, or ``"node"``: all edges of a head or MLP at once; on the component graph those that it writes.
+        by: ``"edge"``. ``"node"``: all edges of a head or MLP at once; on the component graph those that it writes.
+            ``"token"``, on the token graph: all edges that read the embedding of a token.
         metric: The function that measures it, where it was measured by one of the user's own.
 
     Returns:
-        One row per edge (or `node`, with its `size` in edges), least needed first: `edge`, `loss` (faithfulness of the
-        circuit minus that without it; the circuit is minimal to this extent if all are positive), `faithfulness`
-        without it.
+        One row per edge, least needed first: `edge` (or `node`, or `token`, its position, with its `size` in edges),
+        `loss` (faithfulness of the circuit minus that without it; the circuit is minimal to this extent if all are
+        positive), `faithfulness` without it.
 
     Raises:
         ValueError: If `model` is not the one that the circuit was found in, or `by` or the metric is not known.
@@ -83,16 +85,29 @@ def minimality(
         units = {edge_at(circuit.graph, int(edge))[1]: edge[None] for edge in edges}
     elif by == "node":
         units = _of_nodes(circuit, edges)
+    elif by == "token":
+        units = _of_embeddings(circuit, edges)
     else:
-        raise ValueError(f"`by` must be 'edge' or 'node', got {by!r}.")
+        raise ValueError(f"`by` must be 'edge', 'node' or 'token', got {by!r}.")
     reached = _faithfulness(model, [circuit, *(_without(circuit, flat, unit) for unit in units.values())], metric)
     table = pd.DataFrame({
         by: pd.Series(list(units), dtype=object),  # of an empty table as well
-        **({"size": [len(unit) for unit in units.values()]} if by == "node" else {}),
+        **({"size": [len(unit) for unit in units.values()]} if by != "edge" else {}),
         "loss": (reached[0] - reached[1:]).tolist(),
         "faithfulness": reached[1:].tolist(),
     })  # fmt: skip
     return table.sort_values("loss", kind="stable", ignore_index=True)
+
+
+def _of_embeddings(circuit: Circuit, edges: Int[Tensor, " edge"]) -> dict[int, Int[Tensor, " some"]]:
+    """The edges that leave the embedding of each token that is read."""
+    graph = circuit.graph
+    if not isinstance(graph, TokenGraph):
+        raise ValueError(
+            f"`by` must be 'edge' or 'node' but on the token graph, got 'token' on {type(graph).__name__}."
+        )
+    source = graph.edges.source[edges]  # nodes are numbered upwards from the embeddings
+    return {token: edges[source == token] for token in range(graph.n_pos) if (source == token).any()}
 
 
 def _of_nodes(circuit: Circuit, edges: Int[Tensor, " edge"]) -> dict[str, Int[Tensor, " some"]]:

@@ -614,6 +614,8 @@ def report(
 ) -> None:
     """Write a page on a prediction: how much of the model it needs, which part, and why."""
     _require_folders(out)
+    if out.suffix != ".html":
+        raise ValueError(f"`--out` must end in .html, got {str(out)!r}.")
     options = _given(
         graph=_graph(graph, task, pairs), method=method, family=family, refine=refine, budget=budget, metric=metric,
         ablation=ablation, keep_residual=keep_residual, faithfulness=faithfulness, position=position, seed=seed,
@@ -795,8 +797,15 @@ def _drawn(results: "list[Circuit | td.DensityCurve]", names: list[str], kind: s
 
 
 def _words() -> str:
-    """The command that was given."""
-    return shlex.join(["tracedensity", *_arguments])
+    """The command that was given, for a shell such as bash to read."""
+    return " ".join(["tracedensity", *(_word(each) for each in _arguments)])
+
+
+def _word(word: str) -> str:
+    """A word quoted; what cannot be seen, a line break among it, is written out."""
+    if word.isprintable():
+        return shlex.quote(word)
+    return "$'" + word.encode("unicode_escape").decode().replace("'", "\\'") + "'"
 
 
 def _given(**options: Any) -> dict[str, Any]:

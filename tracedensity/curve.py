@@ -8,6 +8,7 @@ from operator import index
 from os import PathLike
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -366,7 +367,7 @@ class DensityCurve(Points):
             name, size, fraction, stable = (row[k] for k in ("threshold", "size", "fraction", "stable_size"))
             pruned = f"{row['pruned_size']:>16,}" if "pruned_size" in row else ""
             robust = f"{row['robust_size']:>10,}" if "robust_size" in row else ""
-            lines.append(f"{plain(name):>12}{size:>12,} edges{fraction:>9.2%}{stable:>14,}{pruned}{robust}")
+            lines.append(f"{plain(name):>12}{size:>12,} edges{percent(fraction):>9}{stable:>14,}{pruned}{robust}")
         return "\n".join([*lines, *([""] * (self.robust is not None)), *self._robust_lines()])
 
     def _robust_lines(self) -> list[str]:
@@ -408,7 +409,7 @@ class DensityCurve(Points):
         return {
             "faithfulness": lambda row: plain(row["threshold"]),
             "minimal circuit (edges)": lambda row: f"{row['size']:,}",
-            "share of all edges": lambda row: f"{row['fraction']:.2%}",
+            "share of all edges": lambda row: percent(row["fraction"]),
             "stable from (edges)": lambda row: f"{row['stable_size']:,}",
             **({} if self.pruned_sizes is None else {"after pruning (edges)": lambda row: f"{row['pruned_size']:,}"}),
             **({} if self.robust is None else {"robust (edges)": lambda row: f"{row['robust_size']:,}"}),
@@ -438,6 +439,11 @@ def each_of(
 def plain(threshold: float) -> str:
     """All digits of a threshold, and no others: 0.9, 1."""
     return repr(threshold).removesuffix(".0")
+
+
+def percent(share: float | int) -> str:
+    """A share in per cent with three digits, never in powers of ten."""
+    return np.format_float_positional(100 * share, precision=3, fractional=False, trim="-") + "%"
 
 
 def require_thresholds(thresholds: tuple[float | int, ...]) -> None:

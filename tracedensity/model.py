@@ -256,6 +256,15 @@ class Transformer:
             return [str(int(i)) for i in ids]
         return [_text(tokenizer, int(i)) for i in ids]
 
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of tokens together; their ids, apart, where the model has no tokenizer."""
+        texts = self.texts(ids)
+        if self.model.tokenizer is None:
+            return " ".join(texts)
+        whole = "".join(texts)
+        # characters that several tokens make up; decoding all at once may add or drop spaces, and is left for these
+        return self.model.tokenizer.decode(list(ids)) if "\N{REPLACEMENT CHARACTER}" in whole else whole
+
     def single_token(self, word: str | int, name: str = "word") -> int:
         """Id of a word that is one token.
 

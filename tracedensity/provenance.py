@@ -29,6 +29,8 @@ class Provenance:
         metric: What scores are effects on; "" where they are none.
         ablation: What edges carried when they were ablated.
         d_model: Width of the model; 0 if unknown.
+        text: The prompt as a whole, where that is more than its tokens one by one: of a character that several of them
+            make up, none has a text.
     """
 
     model: str
@@ -41,6 +43,7 @@ class Provenance:
     metric: str = ""
     ablation: str = "zero"
     d_model: int = 0
+    text: str = ""
 
     @classmethod
     def of(cls, setting: Setting, method: str, seed: int = 0, metric: str = "") -> "Provenance":
@@ -49,7 +52,7 @@ class Provenance:
         ids = tuple(examples.tokens[0, : int(examples.last[0]) + 1].tolist())
         return cls(
             model.name, setting.fingerprint, ids, tuple(model.texts(ids)), method, seed, setting.task, metric,
-            setting.ablation, model.d_model,
+            setting.ablation, model.d_model, model.text(ids),
         )  # fmt: skip
 
     @classmethod
@@ -66,7 +69,7 @@ class Provenance:
     @property
     def prompt(self) -> str:
         """The text of the prompt, with its beginning-of-sequence token."""
-        return "".join(self.texts)
+        return self.text or "".join(self.texts)
 
     @property
     def tokens(self) -> Int[Tensor, " pos"]:

@@ -4,9 +4,8 @@ import html
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
 from importlib.metadata import version
-from operator import or_
+from inspect import signature
 from os import PathLike
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -15,11 +14,13 @@ import torch
 from tracedensity.activations import neuron_name
 from tracedensity.checks import minimality
 from tracedensity.choices import Method
-from tracedensity.curve import DensityCurve
+from tracedensity.curve import DensityCurve, require_thresholds
 from tracedensity.estimation import density
+from tracedensity.evaluation import evaluate
 from tracedensity.files import require_folder
 from tracedensity.graph.circuit import Circuit
 from tracedensity.graph.token import TokenGraph
+from tracedensity.loading import bundled_models
 from tracedensity.model import Transformer, as_transformer
 from tracedensity.routing import Flow, trace_flow
 from tracedensity.score import Scores, attribute
@@ -29,7 +30,7 @@ from tracedensity.unembedding import TopTokens, top_tokens
 if TYPE_CHECKING:
     import pandas as pd
 
-MOST = 800
+MOST = 3_000
 """Edges of a circuit that a report draws, half as many of two: its file is to stay small."""
 
 _SCORING = ("graph", "ablation", "steps", "ungroup", "positions", "position", "seed")
@@ -46,9 +47,10 @@ class Finding:
         scores: The scores by which edges were ordered.
         nodes: What each head and MLP of the circuit is worth, most needed first; see `minimality`.
         candidates: The most probable next tokens and their probabilities; none of a task.
-        flow: How the prediction flows through the circuit; of a prompt on the token graph only.
-        tokens: What edges say; of a prompt on the token graph only.
-        neurons: The neurons that matter most, to first order; None where neurons cannot be told apart.
+        origins: What the embedding of each token is worth to the circuit; of a prompt on the token graph only.
+        flow: How the prediction flows through the circuit, by the scores; likewise.
+        tokens: What edges say; likewise.
+        neurons: The neurons that matter most; None where neurons cannot be told apart.
     """
 
     curve: DensityCurve
@@ -56,6 +58,7 @@ class Finding:
     scores: Scores
     nodes: "pd.DataFrame"
     candidates: tuple[tuple[str, float], ...] = ()
+    origins: "pd.DataFrame | None" = None
     flow: Flow | None = None
     tokens: TopTokens | None = None
     neurons: "pd.DataFrame | None" = None
@@ -115,9 +118,9 @@ def report(
 ) -> Report:
     """Measure all that a page on a prediction tells: how much of the model it needs, which part, and why.
 
-    The curve and the circuit; what each head and MLP of the circuit is worth, by running the circuit without it; from
-    which tokens the information comes and what edges say; the neurons that matter most, by the gradient of the log
-    probability.
+    The curve and the circuit; what each head and MLP of the circuit, and each token that it reads, is worth, by running
+    the circuit without it; how the prediction flows through it and what edges say; the neurons that matter most, found
+    by the gradient of the log probability and measured by running the model without each.
 
     Args:
         model: A HookedTransformer, or a name for `load_model`.
@@ -133,9 +136,10 @@ def report(
     Raises:
         ValueError: If an argument is not as described here or in `td.density`.
     """
+    require_thresholds((faithfulness,))
+    if unknown := sorted(set(options) - set(signature(density).parameters)):
+        raise ValueError(f"`options` must be those of `td.density`, got {', '.join(unknown)}.")
     transformer = as_transformer(model)
-    if not 0 < faithfulness <= 1:
-        raise ValueError(f"`faithfulness` must be above 0 and at most 1, got {faithfulness:g}.")
     if path is not None:
         require_folder(path)  # before the work, not after it
     faithfulness = float(faithfulness)
@@ -143,8 +147,8 @@ def report(
     made = Report(
         tuple(_find(transformer, subject, faithfulness, options) for subject in subjects),
         faithfulness,
-        _command(transformer, subjects, faithfulness, options),
-        {name: version(name) for name in ("tracedensity", "transformer-lens", "torch")}
+        _command(model, subjects, faithfulness, options),
+        {name: version(name) for name in ("tracedensity", "transformer-lens", "torch", "plotly")}
         | {"python": platform.python_version()},
     )
     if path is not None:
@@ -167,11 +171,14 @@ def _find(model: Transformer, subject: object, faithfulness: float, options: Map
     nodes = minimality(model, circuit, by="node", metric=metric).iloc[::-1].reset_index(drop=True)
     if not isinstance(circuit.graph, TokenGraph):
         return Finding(curve, circuit, scores, nodes)
-    drawn = [curve.circuit(size=size) for size in curve.sizes.tolist() if 0 < size <= MOST]
-    tokens = top_tokens(model, reduce(or_, drawn, circuit))
+    read = curve.circuit(size=max(size for size in curve.sizes.tolist() if size <= max(MOST, circuit.n_edges)))
     return Finding(
-        curve, circuit, scores, nodes, _candidates(model, curve), trace_flow(circuit, scores), tokens,
-        _neurons(model, curve),
+        curve, circuit, scores, nodes,
+        candidates=_candidates(model, curve),
+        origins=minimality(model, circuit, by="token", metric=metric).iloc[::-1].reset_index(drop=True),
+        flow=trace_flow(circuit, scores),
+        tokens=top_tokens(model, read | circuit),
+        neurons=_neurons(model, curve),
     )  # fmt: skip
 
 
@@ -183,34 +190,46 @@ def _candidates(model: Transformer, curve: DensityCurve, k: int = 5) -> tuple[tu
 
 
 def _neurons(model: Transformer, curve: DensityCurve, k: int = 10) -> "pd.DataFrame | None":
-    """The neurons whose ablation would change the log probability of the prediction most, to first order."""
+    """The neurons whose ablation would change the log probability of the prediction most, to first order.
+
+    With what it changes when each is ablated: `effect` is the first-order one, `measured` the other.
+    """
     import pandas as pd
 
+    prompt = curve.provenance.tokens
     try:
-        scores = attribute(model, curve.provenance.tokens, method="eap", neurons=True)
+        scores = attribute(model, prompt, method="eap", neurons=True)
     except ValueError:  # no MLPs, or experts, whose neurons cannot be told apart
         return None
     effect = scores.values["neuron"].cpu()
     best = effect.abs().flatten().topk(min(k, effect.numel())).indices
     layer, pos, neuron = (each.tolist() for each in torch.unravel_index(best, effect.shape))
+    whole = Circuit(scores.graph, scores.graph.exists, scores.provenance)
+    lesser = []
+    for place in zip(layer, pos, neuron, strict=True):
+        kept = {**whole.kept, "neuron": whole.kept["neuron"].clone()}
+        kept["neuron"][place] = False
+        lesser.append(whole.of_edges(kept))
+    measured = evaluate(model, prompt, [whole, *lesser], metrics=("logprob",), target=curve.top_token)
+    logprob = measured.metrics["logprob"]
     return pd.DataFrame({
         "neuron": [neuron_name(*pair) for pair in zip(layer, neuron, strict=True)],
         "position": pos,
         "effect": effect.flatten()[best].tolist(),
+        "measured": (logprob[1:] - logprob[0]).tolist(),
     })  # fmt: skip
 
 
-def _command(model: Transformer, subjects: Sequence[object], faithfulness: float, options: Mapping[str, Any]) -> str:
-    """The line of Python that makes the report, as far as it can be written down."""
-    written = [_written(model, subject) for subject in subjects]
+def _command(model: object, subjects: Sequence[object], faithfulness: float | int, options: Mapping[str, Any]) -> str:
+    """The line of Python that makes the report, with names in place of what cannot be written down."""
+
+    def written(value: object, name: str) -> str:
+        return ascii(value) if isinstance(value, str | int | float | bool | list | tuple | None) else name
+
+    named = model if isinstance(model, str) else as_transformer(model).name
+    loaded = f"td.load_model({named!r})" if isinstance(model, str) or named in bundled_models() else "model"
+    arguments = [loaded, written(subjects[0], "task")]
+    arguments += [f"compare={written(each, 'other_task')}" for each in subjects[1:]]
     given = {"faithfulness": faithfulness, **options}
-    arguments = [written[0], *(f"compare={each}" for each in written[1:])]
-    arguments += [f"{name}={getattr(value, '__name__', None) or repr(value)}" for name, value in given.items()]
-    return f"td.report(td.load_model({model.name!r}), {', '.join(arguments)}, path='report.html')"
-
-
-def _written(model: Transformer, subject: Any) -> str:
-    """A prompt as Python, or in its place the name of a task, which is more than fits a line."""
-    if isinstance(subject, Task):
-        return f"<Task {subject.name!r}>"
-    return repr(subject if isinstance(subject, str) else model.tokens(subject).tolist())
+    arguments += [f"{name}={written(value, getattr(value, '__name__', name))}" for name, value in given.items()]
+    return f"td.report({', '.join(arguments)}, path='report.html')"

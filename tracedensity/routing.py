@@ -61,6 +61,9 @@ def trace_flow(circuit: Circuit, scores: Scores) -> Flow:
         Information Flow Routes (arXiv 2403.00824) traces the same edges back, without dividing; attention rollout
         (arXiv 2005.00928) divides, by attention weights.
     """
+    if not isinstance(circuit, Circuit) or not isinstance(scores, Scores):
+        given = f"a {type(circuit).__name__} and a {type(scores).__name__}"
+        raise ValueError(f"`circuit` and `scores` must be a Circuit and Scores, got {given}.")
     graph = circuit.graph
     if not isinstance(graph, TokenGraph):
         raise ValueError(f"`circuit` must be one of a TokenGraph for this, got one of {type(graph).__name__}.")

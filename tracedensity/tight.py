@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tracedensity.curve import DensityCurve, plain
+from tracedensity.curve import DensityCurve, percent, plain
 from tracedensity.graph.circuit import Circuit
 
 
@@ -125,7 +125,7 @@ class TightCurve(DensityCurve):
             size, published = row["size"], row["published_size"]
             robust = f"{row['robust_size']:>10,}" if "robust_size" in row else ""
             lines.append(
-                f"{plain(row['threshold']):>12}{size:>12,} edges{row['fraction']:>9.2%}{published:>12,}"
+                f"{plain(row['threshold']):>12}{size:>12,} edges{percent(row['fraction']):>9}{published:>12,}"
                 f"{max(published, 1) / max(size, 1):>8.1f}{robust}  {_known(row)}"
             )
         return "\n".join([*lines, *([""] * (self.robust is not None)), *self._robust_lines()])

@@ -68,6 +68,8 @@ def top_tokens(model: object, circuit: Circuit, *, k: int = 3) -> TopTokens:
     References:
         The logit lens (nostalgebraist, 2020), and direct logit attribution.
     """
+    if not isinstance(circuit, Circuit):
+        raise ValueError(f"`circuit` must be a Circuit, got a {type(circuit).__name__}.")
     transformer, graph = as_transformer(model), circuit.graph
     if not isinstance(graph, TokenGraph):
         raise ValueError(f"`circuit` must be one of a TokenGraph to be read, got one of {type(graph).__name__}.")

@@ -15,6 +15,12 @@ def asked(provenance: Provenance) -> str:
     return f"{plain(task.name)} ({len(task):,} {unit}{'s' * (len(task) != 1)})"
 
 
+def found(circuit: Circuit) -> str:
+    """How a circuit was found, on which model; still to be a `label`."""
+    searched = circuit.certificate is not None and not circuit.certificate.minimum
+    return "searched from " * searched + scored(circuit.provenance)
+
+
 def scored(provenance: Provenance) -> str:
     """How edges were scored, on which model; still to be a `label`."""
     return f"{plain(provenance.method)} on {plain(provenance.model)}"
@@ -34,7 +40,7 @@ def about(circuit: Circuit) -> list[str]:
     usual = ("", "tv", "zero") if isinstance(circuit.graph, TokenGraph) else ("",)  # goes without saying
     return [
         asked(made),
-        scored(made),
+        found(circuit),
         *([f"metric {plain(metric)}"] * (metric not in usual)),
         *([f"{plain(circuit.ablation)} ablation"] * (circuit.ablation not in usual)),
         *(["all skips kept when run"] * circuit.keep_residual),

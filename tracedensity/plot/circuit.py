@@ -195,7 +195,7 @@ class Picture:
         if "entry" in edges:
             columns[f"in circuits from %{{customdata[{len(columns)}]:,}} edges on"] = edges["entry"].tolist()
         if "says" in edges:
-            columns[f"says %{{customdata[{len(columns)}]}}"] = edges["says"].tolist()
+            columns[f"%{{customdata[{len(columns)}]}}"] = edges["says"].tolist()
         said = np.empty((len(edges), len(columns)), dtype=object)  # an array: plotly looks at lists item by item
         for place, column in enumerate(columns.values()):
             said[:, place] = column

@@ -21,11 +21,13 @@ from tracedensity.plot.theme import (
     Theme,
     colour_bar,
     colour_scale,
+    edge_ticks,
     finished,
     label,
     percent,
     plain,
     quoted,
+    share_ticks,
     visible,
 )  # fmt: skip
 from tracedensity.tight import TightCurve
@@ -73,6 +75,8 @@ def plot_curves(
     Raises:
         ValueError: If there is no curve, metrics differ, or there is not one name for each.
     """
+    if isinstance(curves, DensityCurve):
+        raise ValueError("`curves` must be a list of curves, or curves by name, got one: draw it with `plot_curve`.")
     if isinstance(curves, Mapping):
         if names is not None:
             raise ValueError(f"`names` must be left out where `curves` are given by name, got {[*names]}.")
@@ -326,20 +330,18 @@ def _heading(sheet: _Sheet) -> str:
 def _add_axes(figure: go.Figure, sheet: _Sheet) -> None:
     curves = [entry.curve for entry in sheet.entries]
     most = max(curve.n_edges for curve in curves)
+    scale, low = share_ticks(most), 0.9 / most
     decades = 10.0 ** np.arange(-int(log10(most)), 1)
-    ticks, texts, low = decades.tolist(), [percent(share) for share in decades.tolist()], 0.9 / most
+    scale["minor"] = {"ticks": "outside", "tickvals": np.outer(decades, range(2, 10)).ravel().tolist(), "ticklen": 2}
     if any(int(curve.sizes[0]) == 0 for curve in curves):
-        ticks, texts, low = [sheet.empty, *ticks], ["0", *texts], 0.8 * sheet.empty
+        scale |= {"tickvals": [sheet.empty, *scale["tickvals"]], "ticktext": ["0", *scale["ticktext"]]}
+        low = 0.8 * sheet.empty
         figure.add_shape(  # 0 is no point of the scale
             type="line", x0=2**0.5 * sheet.empty, x1=2**0.5 * sheet.empty, yref="y domain", y0=0, y1=1,
             line={"color": FAINT, "width": 1}, layer="below",
         )  # fmt: skip
-    between = np.outer(decades, range(2, 10)).flatten().tolist()
-    scale = {
-        "type": "log", "range": [log10(low), log10(1.15)], "tickvals": ticks, "ticktext": texts,
-        "minor": {"ticks": "outside", "tickvals": between, "ticklen": 2},
-    }  # fmt: skip
-    numbers = [10**power for power in range(len(str(most)))]
+    scale["range"] = [log10(low), log10(1.15)]
+    numbers = edge_ticks(most)
     lowest = min(float(curve.faithfulness.min()) for curve in curves)
     highest = max(float(curve.faithfulness.max()) for curve in curves)
     metric = curves[0].metric
@@ -347,7 +349,7 @@ def _add_axes(figure: go.Figure, sheet: _Sheet) -> None:
         xaxis={**scale, "title": {"text": "circuit size (share of all edges)"}},
         xaxis2={  # the same scale, read as numbers
             **scale, "matches": "x", "overlaying": "x", "side": "top", "visible": sheet.n_edges is not None,
-            "tickvals": [number / most for number in numbers], "ticktext": [f"{number:,}" for number in numbers],
+            "tickvals": [number / most for number in numbers["tickvals"]], "ticktext": numbers["ticktext"],
             "minor": None, "title": {"text": "circuit size (edges)"},
         },
         xaxis3={**scale, "matches": "x", "anchor": "y2", "title": {"text": "minimal size (share of all edges)"}},

@@ -20,11 +20,13 @@ from tracedensity.plot.theme import (
     FAINT,
     INK,
     MUTED,
+    NARROW,
     PAPER,
     WIDTHS,
     Theme,
     finished,
     label,
+    require_result,
 )  # fmt: skip
 from tracedensity.score import Scores
 
@@ -83,6 +85,7 @@ def drawn_component(
     groups: Sequence[tuple[str, str]] = (),
 ) -> go.Figure:
     """A circuit under a title of one's own; or two `compared` ones that it is made of, in the colours of `groups`."""
+    require_result("circuit", circuit, Circuit, "such as `scores.rank().circuit(60)`")
     if not isinstance(circuit.graph, ComponentGraph):
         raise ValueError(f"`circuit` must be one of a ComponentGraph to be drawn, got {type(circuit.graph).__name__}.")
     if scores is not None and scores.graph != circuit.graph:
@@ -383,7 +386,7 @@ class _Sheet:
         y += -side * np.sign(across) * flat * _BESIDE / self.layer_height * 4 * t * (1 - t)
         # Straight up would be through the nodes above the source, so these go round.
         hidden = (np.abs(across) < 0.5) & (up > 1.05)
-        to_the_right = 0.4 + 0.9 * up / self.graph.n_layers  # where nothing else is
+        to_the_right = 0.8 + 0.8 * up / self.graph.n_layers  # where nothing else is
         around = np.where(self.nodes.row[source, None] == "mlp", to_the_right, np.where(side > 0, 0.5, -0.5))
         return x + hidden * around * (4 * t * (1 - t)) ** 0.6, y
 
@@ -521,13 +524,14 @@ def _framed(
     figure: go.Figure, sheet: _Sheet, title: str, said: Sequence[str], remark: str, theme: Theme | str
 ) -> go.Figure:
     n_layers = sheet.graph.n_layers
+    beyond = 0.5 + 26 / sheet.layer_height  # names of the ends are beyond them
     for layer in range(0, n_layers, 2):
         figure.add_hrect(layer, layer + 1, fillcolor=BAND, line_width=0, layer="below")
     figure.update_layout(
         legend={"itemsizing": "trace"},
-        xaxis={"range": [-0.3, sheet.columns + (2.2 if sheet.graph.has_mlp else 0.3)], "visible": False},
+        xaxis={"range": [-0.3, sheet.columns + (2.4 if sheet.graph.has_mlp else 0.3)], "visible": False},
         yaxis={
-            "range": [-0.6, n_layers + 0.6],
+            "range": [-beyond, n_layers + beyond],
             "tickvals": [layer + 0.5 for layer in range(n_layers)],
             "ticktext": [str(layer) for layer in range(n_layers)],
             "ticks": "",
@@ -536,5 +540,7 @@ def _framed(
         },
     )
     return finished(
-        figure, title, said, remark=remark, theme=theme, below=8, plot_height=sheet.layer_height * (n_layers + 1.2)
-    )
+        figure, title, said, remark=remark, theme=theme, below=8,
+        plot_height=sheet.layer_height * (n_layers + 2 * beyond),
+        min_width=NARROW if sheet.named else 88 + 32 * (sheet.columns + 2.7),
+    )  # fmt: skip

@@ -11,7 +11,7 @@ from tracedensity.composition import Composition, composition
 from tracedensity.curve import DensityCurve
 from tracedensity.extract import Ranking
 from tracedensity.plot.caption import asked
-from tracedensity.plot.theme import COLOURS, PAPER, SEQUENTIAL, Theme, finished, percent, plain
+from tracedensity.plot.theme import COLOURS, PAPER, SEQUENTIAL, Theme, edge_ticks, finished, plain, share_ticks
 
 _COLOURS = {
     "embedding": COLOURS["residual"],
@@ -84,33 +84,23 @@ def _add_areas(
 
 def _add_axes(figure: go.Figure, made: Composition) -> None:
     n_edges = int(made.sizes[-1])
-    decades = 10 ** np.arange(len(str(n_edges)))
-    shares = 10.0 ** np.arange(-int(np.log10(n_edges)), 1)
-    sizes = {
-        "type": "log",
-        "range": np.log10([int(made.sizes[0]), n_edges]).tolist(),
-        "hoverformat": ",d",
-        "minor": {"ticks": "outside", "tickvals": np.outer(decades, range(2, 10)).flatten().tolist(), "ticklen": 2},
-    }
+    sizes = {"range": np.log10([int(made.sizes[0]), n_edges]).tolist(), "hoverformat": ",d"}
     share = {"range": [0, 100], "tickvals": [0, 50, 100]}
     figure.update_layout(
         hovermode="x unified",
         legend={"traceorder": "normal"},  # not that of the areas, in which layers would come before parts
         xaxis={
+            **edge_ticks(n_edges),
             **sizes,
             "anchor": "y2",
-            "tickvals": decades.tolist(),
-            "ticktext": [f"{size:,}" for size in decades.tolist()],
             "title": {"text": "circuit size (edges)"},
         },
         xaxis2={  # the same scale, read as shares
+            **share_ticks(n_edges, n_edges),
             **sizes,
             "matches": "x",
             "anchor": "y",
             "side": "top",
-            "minor": {"ticks": ""},
-            "tickvals": (shares * n_edges).tolist(),
-            "ticktext": [percent(share) for share in shares.tolist()],
             "title": {"text": "circuit size (share of all edges)"},
         },
         yaxis={**share, "domain": [0.54, 1], "title": {"text": "parts (% of edges)"}},

@@ -8,7 +8,20 @@ import torch
 
 from tracedensity.curve import DensityCurve, Points
 from tracedensity.graph.component import ComponentGraph
-from tracedensity.plot.theme import COLOURS, FAINT, MUTED, Theme, finished, label, percent, plain, quoted
+from tracedensity.plot.theme import (
+    COLOURS,
+    FAINT,
+    MUTED,
+    Theme,
+    edge_ticks,
+    finished,
+    label,
+    percent,
+    plain,
+    quoted,
+    require_result,
+    share_ticks,
+)
 from tracedensity.tight import TightCurve
 
 EMPTY = 0.5
@@ -33,7 +46,11 @@ def plot_curve(curve: DensityCurve, *, theme: Theme | str = "light") -> go.Figur
     Args:
         curve: What to draw; a loaded one will do, no model is run.
         theme: "light" or "dark".
+
+    Raises:
+        ValueError: If it is no curve, or there is no such theme.
     """
+    require_result("curve", curve, DensityCurve, "as `td.density` makes it")
     figure = go.Figure()
     skips = "" if isinstance(curve.ranking.graph, ComponentGraph) else ", all skips kept"
     for name, points, dash, of, text in (
@@ -143,32 +160,21 @@ def _add_axes(figure: go.Figure, curve: DensityCurve) -> None:
     drawn += [curve.published] if isinstance(curve, TightCurve) else []
     shown = [points for points in drawn if points is not None]
     smallest = min(int(points.sizes[0]) for points in shown)
-    decades = 10 ** np.arange(len(str(curve.n_edges)))
-    ticks, texts = decades.tolist(), [f"{size:,}" for size in decades]
+    ticks = edge_ticks(curve.n_edges)
     if smallest == 0:
-        ticks, texts = [EMPTY, *ticks], ["0", *texts]
+        ticks |= {"tickvals": [EMPTY, *ticks["tickvals"]], "ticktext": ["0", *ticks["ticktext"]]}
         figure.add_vline(EMPTY**0.5, line={"color": FAINT, "width": 1}, layer="below")  # 0 is no point of the scale
     low = EMPTY * 0.8 if smallest == 0 else 0.9
     limits = np.log10([low, curve.n_edges * 1.15]).tolist()
-    shares = 10.0 ** np.arange(-int(np.log10(curve.n_edges)), 1)  # from one edge up to all
     measure = MEASURES.get(curve.metric, label(curve.metric))
     reached = torch.cat([points.faithfulness.double() for points in shown])
     figure.update_layout(
-        xaxis={
-            "type": "log",
-            "range": limits,
-            "tickvals": ticks,
-            "ticktext": texts,
-            "minor": {"ticks": "outside", "tickvals": np.outer(decades, range(2, 10)).flatten().tolist(), "ticklen": 2},
-            "title": {"text": "circuit size (edges)"},
-        },
+        xaxis={**ticks, "range": limits, "title": {"text": "circuit size (edges)"}},
         xaxis2={  # the same scale, read as shares
-            "type": "log",
+            **share_ticks(curve.n_edges, curve.n_edges),
             "matches": "x",
             "overlaying": "x",
             "side": "top",
-            "tickvals": (shares * curve.n_edges).tolist(),
-            "ticktext": [percent(share) for share in shares.tolist()],
             "title": {"text": "circuit size (share of all edges)"},
         },
         yaxis={

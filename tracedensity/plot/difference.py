@@ -4,10 +4,10 @@ import plotly.graph_objects as go
 
 from tracedensity.graph.circuit import Circuit
 from tracedensity.graph.component import ComponentGraph
-from tracedensity.plot.caption import asked, scored
+from tracedensity.plot.caption import asked, found
 from tracedensity.plot.circuit import Picture
 from tracedensity.plot.component import drawn_component
-from tracedensity.plot.edges import among, edges_of, require_same_graph, strongest, token_graph
+from tracedensity.plot.edges import MAX_EDGES, among, edges_of, require_same_graph, strongest, token_graph
 from tracedensity.plot.theme import COLOURS, MUTED, Theme, label, plain
 from tracedensity.score import Scores
 
@@ -18,6 +18,7 @@ def plot_difference(
     *,
     names: tuple[str, str] = ("first", "second"),
     scores: Scores | None = None,
+    max_edges: int = MAX_EDGES,
     theme: Theme | str = "light",
 ) -> go.Figure:
     """Two circuits in one picture: grey what both have, blue and orange what only the first or the second has.
@@ -30,6 +31,8 @@ def plot_difference(
         second: Another one of the same graph.
         names: What to call them.
         scores: Scores of the same edges: the more important an edge, the wider its line.
+        max_edges: How many edges are drawn on the token graph; of more, those that only one of the circuits has come
+            first, and the title says so.
         theme: "light" or "dark".
 
     Raises:
@@ -44,17 +47,25 @@ def plot_difference(
     one, other = (plain(name, 24) for name in names)
     title = f"{n_both:,} edges of both, {n_first:,} only of {one},\n{n_second:,} only of {other}"
     prompts = list(dict.fromkeys(asked(circuit.provenance) for circuit in (first, second)))
-    about = [*prompts, *dict.fromkeys(scored(circuit.provenance) for circuit in (first, second))]
+    about = [*prompts, *dict.fromkeys(found(circuit) for circuit in (first, second))]
     about.append(f"Jaccard overlap {first.jaccard(second):.2f}")
     groups = {"both": MUTED, f"only {label(one)}": COLOURS["head"], f"only {label(other)}": COLOURS["mlp"]}
     union = first | second
     if isinstance(first.graph, ComponentGraph):
         return drawn_component(union, scores, title, about, theme, (first, second), list(groups.items()))
     require_same_graph(union, scores)
-    drawn, which = strongest(union, scores, None)
+    both = first & second
+    differing, _ = strongest((first - second) | (second - first), scores, None, max_edges)
+    drawn = differing | strongest(both, scores, None, max_edges - differing.n_edges)[0]
+    remark = f"{drawn.n_edges:,} of {union.n_edges:,} edges are drawn, those of one circuit only first"
     edges = edges_of(drawn, scores=scores)
     in_first, in_second = (among(edges, circuit) for circuit in (first, second))
     edges["group"] = [list(groups)[0 if a and b else 1 if a else 2] for a, b in zip(in_first, in_second, strict=True)]
-    remark = which and f"of {union.n_edges:,} edges only {which} are drawn"
-    picture = Picture(token_graph(union), first.provenance.texts, edges, groups)
-    return picture.framed(picture.figure(scores), title, about, remark=remark, theme=theme)
+    texts = [
+        here if here == there else f"{here} / {there}"
+        for here, there in zip(first.provenance.texts, second.provenance.texts, strict=True)
+    ]
+    picture = Picture(token_graph(union), texts, edges, groups)
+    return picture.framed(
+        picture.figure(scores), title, about, remark=remark * (drawn.n_edges < union.n_edges), theme=theme
+    )

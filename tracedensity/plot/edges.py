@@ -10,7 +10,7 @@ from tracedensity.extract import Ranking
 from tracedensity.graph import flatten, unflatten
 from tracedensity.graph.circuit import Circuit
 from tracedensity.graph.token import TokenGraph
-from tracedensity.plot.theme import label, quoted
+from tracedensity.plot.theme import label, quoted, require_result
 from tracedensity.score import Scores
 from tracedensity.unembedding import TopTokens
 
@@ -29,6 +29,7 @@ _AXES = {"head": ["layer", "head", "dest", "src"], "neuron": ["layer", "dest", "
 
 def token_graph(circuit: Circuit) -> TokenGraph:
     """The graph of a circuit that can be drawn here."""
+    require_result("circuit", circuit, Circuit, "such as `curve.circuit(faithfulness=0.9)`")
     if not isinstance(circuit.graph, TokenGraph):
         raise ValueError(f"`circuit` must be one of a TokenGraph to be drawn, got {type(circuit.graph).__name__}.")
     return circuit.graph
@@ -83,7 +84,7 @@ def edges_of(
 
 def _says(tokens: TopTokens, kind: str, layer: int, head: int, dest: int, src: int) -> str:
     texts = tokens.of(kind, (layer, head, dest, src) if kind == "head" else (layer, dest))
-    return label(", ".join(quoted(text, 16) for text in texts))
+    return label("says " * bool(texts) + ", ".join(quoted(text, 16) for text in texts))
 
 
 def _merged(neurons: pd.DataFrame) -> pd.DataFrame:

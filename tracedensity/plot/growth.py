@@ -11,7 +11,7 @@ from tracedensity.plot.caption import about, size_of
 from tracedensity.plot.circuit import KINDS, Picture
 from tracedensity.plot.edges import MAX_EDGES, among, edges_of, require_same_graph, strongest, token_graph
 from tracedensity.plot.slider import Step, add_slider
-from tracedensity.plot.theme import Theme
+from tracedensity.plot.theme import Theme, require_result
 from tracedensity.score import Scores
 from tracedensity.tight import TightCurve
 from tracedensity.unembedding import TopTokens
@@ -47,6 +47,7 @@ def plot_growth(
     """
     if not 1 <= max_edges <= MAX_EDGES:
         raise ValueError(f"`max_edges` must be from 1 to {MAX_EDGES:,}, got {max_edges:,}.")
+    require_result("curve", curve, DensityCurve, "as `td.density` makes it")
     circuits = [curve.circuit(size=size) for size in _sizes(curve, faithfulness, max_edges)]
     require_same_graph(circuits[0], scores, curve.ranking, tokens)
     drawn, which = zip(*(strongest(circuit, scores, curve.ranking, max_edges) for circuit in circuits), strict=True)

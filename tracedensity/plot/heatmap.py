@@ -12,7 +12,7 @@ from tracedensity.curve import DensityCurve
 from tracedensity.extract import Ranking
 from tracedensity.graph.circuit import Circuit
 from tracedensity.graph.component import ComponentGraph
-from tracedensity.plot.caption import asked, scored
+from tracedensity.plot.caption import asked, found, scored
 from tracedensity.plot.theme import (
     DEAD,
     DIVERGING,
@@ -185,7 +185,8 @@ def _about(results: Sequence[Result]) -> list[str]:
         ranking = each.ranking if isinstance(each, DensityCurve) else each
         kept = f"{ranking.n_edges:,} of " if isinstance(ranking, Circuit) else ""
         order = f", {plain(ranking.family)}" if isinstance(ranking, Ranking) else ""
-        about += [which + asked(ranking.provenance), scored(ranking.provenance) + order]
+        made = found(ranking) if isinstance(ranking, Circuit) else scored(ranking.provenance)
+        about += [which + asked(ranking.provenance), made + order]
         about.append(f"{kept}{ranking.graph.n_edges:,} edges")
     return about
 

@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from tracedensity.files import replace_file
+from tracedensity.plot.slider import compact
 from tracedensity.plot.theme import COLOURS, DARK, FAINT, FONT, INK, MUTED, NARROW, PAPER, visible
 
 _IMAGES = (".png", ".svg", ".pdf", ".jpg", ".webp")
@@ -25,7 +26,8 @@ _STYLE = f"""
 :root.dark {{ {_variables(DARK[colour] for colour in _VARIABLES.values())} color-scheme: dark; }}
 body {{ font: 15px/1.5 {FONT}; color: var(--ink); background: var(--paper); margin: 0; }}
 main {{ max-width: 1200px; margin: 0 auto; padding: 20px 16px; }}
-h1 {{ font-size: 22px; margin: 0 96px 12px 0; line-height: 1.25; }}
+h1 {{ font-size: 22px; margin: 48px 0 12px; line-height: 1.25; overflow-wrap: anywhere; }}
+main > h1:first-of-type {{ margin: 0 96px 12px 0; }}
 h2 {{ font-size: 17px; margin: 36px 0 8px; }}
 p {{ max-width: 76ch; }}
 #theme {{ float: right; font: inherit; font-size: 13px; color: var(--muted); background: none; padding: 2px 10px;
@@ -60,6 +62,21 @@ function recoloured(value, key, map) {
   if (value && Object.getPrototypeOf(value) === Object.prototype)
     return Object.fromEntries(Object.entries(value).map(([name, part]) => [name, recoloured(part, name, map)]));
   return value;
+}
+// Steps of a slider that show the first so many points of what is there hold numbers in place of points.
+function points(spec) {
+  return new Float32Array(Uint8Array.from(atob(spec.bdata), char => char.charCodeAt(0)).buffer);
+}
+for (const figure of document.querySelectorAll(".js-plotly-plot")) {
+  const whole = (figure.layout.meta || {}).whole;
+  if (!whole) continue;
+  const arrays = whole.map(trace => [points(trace.x), points(trace.y)]);
+  figure.on("plotly_sliderchange", ({step}) => {
+    const [{counts, ...style}, layout, traces] = step.args;
+    style.x = counts.map((count, place) => arrays[place][0].subarray(0, count));
+    style.y = counts.map((count, place) => arrays[place][1].subarray(0, count));
+    Plotly.update(figure, style, layout, traces);
+  });
 }
 function show(dark) {
   if (dark === root.classList.contains("dark")) return;
@@ -141,6 +158,7 @@ def figure_div(figure: go.Figure, name: str) -> str:
         figure: As `finished` leaves it.
         name: Its own on the page, and that of an image of it.
     """
+    figure = compact(figure)
     layout = figure.layout
     height, min_width = layout.height or 500, (layout.meta or {}).get("min_width", NARROW) - 32
     drawn = (
@@ -163,15 +181,23 @@ def figure_div(figure: go.Figure, name: str) -> str:
     return f'<div class="figure"><div style="min-width:{min_width}px;height:{height}px">{drawn}</div></div>'
 
 
-def text_line(texts: Sequence[str], prediction: str | None = None, shares: Sequence[float] | None = None) -> str:
-    """The tokens of a prompt, each the bluer the larger its share, and what is predicted after them."""
-    most = max(shares or [1.0]) or 1.0
+def text_line(
+    texts: Sequence[str],
+    prediction: str | None = None,
+    weights: Sequence[float] | None = None,
+    about: Sequence[str] = (),
+) -> str:
+    """The tokens of a prompt, each the bluer the larger its weight, and what is predicted after them.
+
+    What is said `about` each is shown under the mouse.
+    """
+    most = max(weights or [1.0]) or 1.0
     words = []
     for place, text in enumerate(texts):
         style = ""
-        if shares is not None:
-            alpha = 0.6 * shares[place] / most
-            style = f' style="background:rgba(86,180,233,{alpha:.2f})" title="{shares[place]:.1%}"'
+        if weights is not None:
+            alpha = 0.6 * weights[place] / most
+            style = f' style="background:rgba(86,180,233,{alpha:.2f})" title="{html.escape(about[place])}"'
         words.append(f"<span{style}>{html.escape(visible(text))}</span>")
     if prediction is not None:
         words.append(f'<span class="prediction">{html.escape(visible(prediction))}</span>')

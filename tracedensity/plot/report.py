@@ -28,6 +28,9 @@ from tracedensity.unembedding import TopTokens
 _TOP = 10  # bars of what writes most
 
 
+_LEGIBLE = 600  # edges of two circuits in one picture
+
+
 def density_page(curve: DensityCurve, *, faithfulness: float | int = 0.9) -> str:
     """A page on one prediction or task, of what a curve holds: minimal sizes, the curve, circuits, their composition.
 
@@ -60,7 +63,7 @@ def report_page(report: Report) -> str:
         "</div>",
     ]
     for second in others:
-        body += _comparison(first, second)
+        body += _comparison(first, second, report.faithfulness)
     for finding, suffix in zip(findings, suffixes, strict=True):
         curve = finding.curve
         if others:
@@ -82,7 +85,7 @@ def report_page(report: Report) -> str:
     body += ["<h2>Provenance</h2>", *(_provenance(finding.curve) for finding in findings)]
     made = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     body.append(f'<p class="note">{html.escape(made)}. To make it again:</p>')
-    body.append(f"<p><code>{html.escape(visible(report.command))}</code></p>")
+    body.append(f"<p><code>{html.escape(report.command)}</code></p>")
     return page(" and ".join(_name(finding.curve) for finding in findings), body)
 
 
@@ -115,9 +118,7 @@ def activations_page(activations: Activations, heads: Sequence[str] | None = Non
 def _short(finding: Finding, faithfulness: float | int) -> str:
     """What is predicted, and the three answers that a reader wants first."""
     curve, circuit = finding.curve, finding.circuit
-    flow = finding.flow
-    shares = None if flow is None else (flow.origins / flow.origins.sum().clamp(min=1e-12)).tolist()
-    parts = [_prompt(curve, shares)]
+    parts = [_prompt(curve, finding)]
     if finding.candidates:
         rows = "".join(
             f'<tr><td class="left">{html.escape(quoted(text, 24))}</td><td>{share:.3f}</td>'
@@ -143,30 +144,32 @@ def _short(finding: Finding, faithfulness: float | int) -> str:
         answers.append("It has no heads: nothing is moved from one token to another.")
     else:
         answers.append("It can do without any one of its heads.")
-    if shares is not None and sum(shares):
+    if finding.origins is not None and len(needed := finding.origins[finding.origins["loss"] > 0].head(3)):
         texts = curve.provenance.texts
-        order = sorted(range(len(shares)), key=lambda place: -shares[place])[:3]
-        came = [
-            f"<b>{html.escape(quoted(texts[place], 24))}</b> ({shares[place]:.0%})" for place in order if shares[place]
+        left = [
+            f"<b>{html.escape(quoted(texts[place], 24))}</b> ({value:.2f})"
+            for place, value in zip(needed["token"], needed["faithfulness"], strict=True)
         ]
-        answers.append(f"The information comes from {', '.join(came)}: the bluer a token above, the more.")
+        answers.append(
+            f"The tokens that its information comes from, and how faithful it is without the embedding of each: "
+            f"{', '.join(left)}. The bluer a token above, the more is lost without it."
+        )
     parts += [f"<p>{answer}</p>" for answer in answers]
     return "\n".join(parts)
 
 
-def _comparison(first: Finding, second: Finding) -> list[str]:
-    metrics = [html.escape(visible(each.curve.metric)) for each in (first, second)]
-    if metrics[0] == metrics[1]:
-        drawn = figure_div(plot_curves([first.curve, second.curve]), "compared")
-    else:
-        drawn = f"<p>Faithfulness is measured by {metrics[0]} here and by {metrics[1]} there, on no common scale.</p>"
-    body = ["<h2>Side by side</h2>", drawn]
-    if first.circuit.graph == second.circuit.graph:
-        figure = plot_difference(first.circuit, second.circuit)
-    elif type(first.circuit.graph) is type(second.circuit.graph):
-        figure = plot_heatmap(first.circuit, minus=second.circuit)
-    else:
+def _comparison(first: Finding, second: Finding, faithfulness: float | int) -> list[str]:
+    """Both curves, and where the circuits differ; blue is the sparser one in both figures."""
+    one, other = sorted((first, second), key=lambda finding: finding.circuit.fraction)
+    figure = plot_curves([one.curve, other.curve], threshold=faithfulness)
+    body = ["<h2>Side by side</h2>", figure_div(figure, "compared")]
+    if type(one.circuit.graph) is not type(other.circuit.graph):
         return body
+    if one.circuit.graph == other.circuit.graph and (one.circuit | other.circuit).n_edges <= _LEGIBLE:
+        names = [_name(each.curve, 12) for each in (one, other)]
+        figure = plot_difference(one.circuit, other.circuit, names=(names[0], names[1]), scores=one.scores)
+    else:
+        figure = plot_heatmap(one.circuit, minus=other.circuit)
     return [*body, "<p>Where the two circuits differ:</p>", figure_div(figure, "difference")]
 
 
@@ -202,7 +205,8 @@ def _composition_section(curve: DensityCurve, suffix: str) -> list[str]:
 
 def _nodes_section(finding: Finding, suffix: str, most: int = 12) -> list[str]:
     shown = finding.circuit if isinstance(finding.curve, TightCurve) else finding.curve.ranking
-    body = ["<h2>Which heads and neurons</h2>", figure_div(plot_heatmap(shown), f"heads{suffix}")]
+    heading = "Which heads" if finding.neurons is None else "Which heads and neurons"
+    body = [f"<h2>{heading}</h2>", figure_div(plot_heatmap(shown), f"heads{suffix}")]
     body.append(
         "<p>What each head and MLP of the circuit is worth, by running the circuit without it; the most needed first."
         + (
@@ -225,20 +229,20 @@ def _nodes_section(finding: Finding, suffix: str, most: int = 12) -> list[str]:
     if finding.neurons is not None:
         texts = finding.curve.provenance.texts
         body.append(
-            f"<p>Neurons of the whole model, at each token: by how much the log probability of "
-            f"{html.escape(quoted(finding.curve.top_text, 24))} would change without them, to first order.</p>"
+            f"<p>Neurons of the whole model that matter most for {html.escape(quoted(finding.curve.top_text, 24))}, "
+            "each at one token: how its log probability (nats) changes when the neuron is ablated there.</p>"
         )
         rows = [
-            [name, f"{quoted(texts[place], 24)} ({place})", f"{effect:+.3f}"]
-            for name, place, effect in finding.neurons.itertuples(index=False)
+            [name, f"{quoted(texts[place], 24)} ({place})", f"{measured:+.3f}", f"{effect:+.3f}"]
+            for name, place, effect, measured in finding.neurons.itertuples(index=False)
         ]
-        body.append(table(["neuron", "at", "change of log probability (nats)"], rows, left=(1,)))
+        body.append(table(["neuron", "at", "measured", "to first order"], rows, left=(1,)))
     return body
 
 
 def _node(finding: Finding, name: str, size: int, faithfulness: float | int) -> list[str]:
     """What a table says of a head or MLP: of its strongest edge where that leads, and what it says."""
-    row = [name, f"{size:,}", f"{faithfulness:.3f}"]
+    row = [name, f"{size:,}", f"{faithfulness + 0.0:.3f}".replace("-0.000", "0.000")]
     if finding.flow is None:
         return row
     graph, texts = finding.flow.graph, finding.curve.provenance.texts
@@ -262,17 +266,26 @@ def _question(curve: DensityCurve) -> str:
     return f"How much of the model does {what} need?"
 
 
-def _name(curve: DensityCurve) -> str:
+def _name(curve: DensityCurve, length: int = 50) -> str:
     if curve.provenance.named_task is not None:
         return asked(curve.provenance)
-    return f"{quoted(curve.top_text, 20)} after {quoted(curve.provenance.prompt)}"
+    return f"{quoted(curve.top_text, 20)} after {quoted(curve.provenance.prompt, length)}"
 
 
-def _prompt(curve: DensityCurve, shares: Sequence[float] | None = None) -> str:
+def _prompt(curve: DensityCurve, finding: Finding | None = None) -> str:
     """The prompt and the prediction, or some pairs of the task."""
     task = curve.provenance.named_task
     if task is None:
-        return text_line(curve.provenance.texts, curve.top_text, shares)
+        texts = curve.provenance.texts
+        if finding is None or finding.origins is None:
+            return text_line(texts, curve.top_text)
+        lost = dict(zip(finding.origins["token"], finding.origins["loss"].clip(lower=0.0), strict=True))
+        left = dict(zip(finding.origins["token"], finding.origins["faithfulness"], strict=True))
+        about = [
+            f"faithfulness without it: {left[place]:.3f}" if place in left else "not read"
+            for place in range(len(texts))
+        ]
+        return text_line(texts, curve.top_text, [lost.get(place, 0.0) for place in range(len(texts))], about)
     shown = task.to_dataframe().head(5)
     return table(list(shown.columns), shown.itertuples(index=False), left=range(len(shown.columns)))
 

@@ -1,13 +1,13 @@
 """A slider below a figure, each of whose steps shows other data in the same traces."""
 
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import plotly.graph_objects as go
 
-from tracedensity.plot.theme import FAINT, INK, MUTED, PAPER, written
+from tracedensity.plot.theme import FAINT, INK, MUTED, NARROW, PAPER, written
 
 _CHANGES = ("x", "y", "opacity", "line.width")
 
@@ -58,7 +58,8 @@ def add_slider(figure: go.Figure, steps: Sequence[Step], active: int, prefix: st
             "ticklen": 4,
             "minorticklen": 2,
             "x": 0,
-            "len": 1,
+            "len": NARROW - 100,  # within reach, however wide the figure
+            "lenmode": "pixels",
             "yanchor": "top",
             "pad": {"t": 0, "b": 0},
         }]
@@ -66,8 +67,34 @@ def add_slider(figure: go.Figure, steps: Sequence[Step], active: int, prefix: st
     return figure
 
 
+def compact(figure: go.Figure) -> go.Figure:
+    """The figure for a page with a script of its own: a slider whose steps are the first so many of the same points.
+
+    Where that is not so, as with circuits that are not nested, it is the figure itself.
+    """
+    sliders = figure.layout.sliders
+    if not sliders:
+        return figure
+    steps = [step.args for step in sliders[0].steps]
+    places = [(name, place) for name in "xy" for place in range(len(steps[0][2]))]
+    longest = {key: max((args[0][key[0]][key[1]]["bdata"] for args in steps), key=len) for key in places}
+    counts = []
+    for args in steps:
+        points = {key: b64decode(args[0][key[0]][key[1]]["bdata"]) for key in places}
+        if not all(b64decode(longest[key]).startswith(part) for key, part in points.items()):
+            return figure
+        counts.append([len(points["x", place]) // 4 for place in range(len(args[2]))])
+    made = go.Figure(figure)
+    for step, args, count in zip(made.layout.sliders[0].steps, steps, counts, strict=True):
+        style = {name: value for name, value in args[0].items() if name not in "xy"}
+        step.update(method="skip", args=[{**style, "counts": count}, *args[1:]])
+    whole = [{name: {"bdata": longest[name, place]} for name in "xy"} for place in range(len(steps[0][2]))]
+    return made.update_layout(meta={**made.layout.meta, "whole": whole})
+
+
 def _value(trace: go.Scatter, name: str) -> object:
     value = trace[name]
-    if isinstance(value, np.ndarray):  # in a slider plotly.py would write each number out
-        return {"dtype": "f4", "bdata": b64encode(value.astype("<f4").tobytes()).decode()}
-    return list(value) if isinstance(value, tuple) else value
+    if name in "xy":  # in a slider plotly.py would write each number out
+        value = np.asarray(value, dtype="<f4")
+        return {"dtype": "f4", "bdata": b64encode(value.tobytes()).decode()}
+    return value

@@ -11,6 +11,8 @@ from unicodedata import east_asian_width
 import numpy as np
 import plotly.graph_objects as go
 
+from tracedensity.curve import percent
+
 Theme: TypeAlias = Literal["light", "dark"]
 
 # Okabe and Ito's palette, with a darker grey: people with any common form of colour blindness can tell them apart.
@@ -161,9 +163,8 @@ def finished(
     """
     if theme not in ("light", "dark"):
         raise ValueError(f"`theme` must be 'light' or 'dark', got {theme!r}.")
-    wide = max(min_width, NARROW) / NARROW
-    titles = _wrapped(title.split("\n"), int(44 * wide), joined=False)
-    subtitles = [*_wrapped(about, int(60 * wide)), *textwrap.wrap(remark, int(60 * wide))]
+    titles = _wrapped(title.split("\n"), 44, joined=False)
+    subtitles = [*_wrapped(about, 60), *textwrap.wrap(remark, 60)]
     top = TOOLBAR + _TITLE_LINE * len(titles) + _SUBTITLE_LINE * len(subtitles) + 20 + above
     drawn: list[Any] = list(figure.select_traces())
     names = [trace.name or "" for trace in drawn if trace.showlegend is not False and trace.visible is not False]
@@ -224,6 +225,33 @@ def written(lines: Sequence[str]) -> str:
     return "<br>".join(map(label, lines))
 
 
+def edge_ticks(most: int) -> dict[str, Any]:
+    """Ticks of a logarithmic axis of numbers of edges, at powers of ten, in few characters."""
+    decades = [10**power for power in range(len(str(most)))]
+    names = [f"{size:,}" if size < 10_000 else f"{size // 1000:,}k" for size in decades]
+    minor = {"ticks": "outside", "tickvals": np.outer(decades, range(2, 10)).ravel().tolist(), "ticklen": 2}
+    return {"type": "log", "tickvals": decades, "ticktext": names, "tickangle": 0, "minor": minor}
+
+
+def share_ticks(most: int, whole: float | int = 1) -> dict[str, Any]:
+    """Ticks of the same axis read as shares of `most` edges, `whole` being all; where many, at every second power."""
+    powers = range(int(np.log10(most)) + 1)
+    powers = powers[:: 1 if len(powers) <= 4 else 2]
+    places = [10.0**-power for power in reversed(powers)]
+    return {
+        "type": "log",
+        "tickvals": [place * whole for place in places],
+        "ticktext": [percent(place) for place in places],
+        "tickangle": 0,
+    }
+
+
+def require_result(argument: str, given: object, kind: type, example: str) -> None:
+    """Raise a ValueError if what is to be drawn is of another type."""
+    if not isinstance(given, kind):
+        raise ValueError(f"`{argument}` must be a {kind.__name__}, {example}, got a {type(given).__name__}.")
+
+
 def visible(text: str) -> str:
     """Text with line breaks, tabs and all that cannot be seen written out, so that it fits on one line."""
     shown = text.replace("\n", "↵").replace("\t", "⇥").replace("\r", "␍")
@@ -273,11 +301,6 @@ def label(text: str) -> str:
     Quotation marks stay, since plotly does not know their names: use it between tags, never in an attribute.
     """
     return html.escape(text, quote=False).replace("$", "&#36;")
-
-
-def percent(share: float) -> str:
-    """A share in per cent with three digits, never in powers of ten."""
-    return np.format_float_positional(100 * share, precision=3, fractional=False, trim="-") + "%"
 
 
 def rounded(value: float, digits: int = 2) -> str:
