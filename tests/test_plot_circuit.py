@@ -8,14 +8,28 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from drawn import CURVE, GRAPH, HOSTILE, PROVENANCE, make_circuit, make_curve, provenance, segments, traces, whole
+from drawn import (
+    CURVE,
+    GRAPH,
+    HOSTILE,
+    PROVENANCE,
+    curve_of,
+    make_circuit,
+    make_curve,
+    provenance,
+    segments,
+    traces,
+    whole,
+)
 
+from tracedensity.extract import Ranking
 from tracedensity.graph import flatten, unflatten
 from tracedensity.graph.circuit import Circuit
 from tracedensity.graph.component import ComponentGraph
 from tracedensity.graph.token import TokenGraph
 from tracedensity.plot import plot_circuit, plot_difference, plot_growth, theme
 from tracedensity.plot.edges import strongest
+from tracedensity.plot.slider import compact
 from tracedensity.score import Scores
 from tracedensity.tight import TightCurve
 from tracedensity.unembedding import TopTokens
@@ -315,12 +329,45 @@ class TestGrowth:
         assert [step.label for step in figure.layout.sliders[0].steps] == ["1", "4", "8", "20", "57"]
         assert [n_lines(figure, step) for step in range(5)] == [1, 4, 8, 10, 10]
         title = figure.layout.sliders[0].steps[-1].args[1]["title.text"]
-        assert title == "Circuit of 57 of 57 edges (100%),<br>faithfulness 1.000, the 10 that enter first drawn"
+        assert title == "Circuit of 57 of 57 edges (100%),<br>faithfulness 1.000, first 10 drawn"
 
     @pytest.mark.parametrize("wrong", [0, 10_001])
     def test_no_other_number_of_edges(self, wrong):
         with pytest.raises(ValueError, match="`max_edges` must be from 1 to 10,000, got"):
             plot_growth(CURVE, max_edges=wrong)
+
+
+class TestCompact:
+    """What a page makes of the slider: the points of a nested family once, and how many of them each step shows."""
+
+    def test_each_step_is_the_first_so_many_points_of_what_is_there(self):
+        figure = plot_growth(CURVE, scores=scores_of({"m0@1": 1.0}))
+        made = compact(figure)
+        whole = [np.frombuffer(base64.b64decode(trace["x"]["bdata"]), "<f4") for trace in made.layout.meta["whole"]]
+        for step, short in enumerate(made.layout.sliders[0].steps):
+            xs, args = arrays(figure, step)
+            assert short.method == "skip"
+            style = short.args[0]
+            assert set(style) == {"counts", "opacity", "line.width"}
+            assert tuple(short.args[1:]) == tuple(args[1:])
+            for x, points, count in zip(xs, whole, style["counts"], strict=True):
+                assert np.array_equal(points[:count], x, equal_nan=True)
+
+    def test_it_is_smaller(self):
+        graph = TokenGraph(4, 4, 20)
+        rank = unflatten(graph, torch.arange(graph.n_edges, dtype=torch.int32).flip(0), -1)
+        about = provenance([f" t{place}" for place in range(20)])
+        figure = plot_growth(curve_of(Ranking(graph, rank, "top", about)))
+        assert len(compact(figure).to_json()) < 0.9 * len(figure.to_json())
+
+    def test_circuits_that_are_not_nested_stay_as_they_are(self):
+        found = make_circuit("m0@0", "m1@3", faithfulness=0.5)
+        figure = plot_growth(TightCurve.of(CURVE, (), (replace(found, provenance=PROVENANCE),)))
+        assert compact(figure) is figure
+
+    def test_so_does_a_figure_without_a_slider(self):
+        figure = plot_circuit(make_circuit(*NAMES))
+        assert compact(figure) is figure
 
 
 class TestDifference:
@@ -339,6 +386,18 @@ class TestDifference:
         title = plot_difference(self.FIRST, self.SECOND).layout.title
         assert title.text.replace("<br>", " ") == "1 edges of both, 2 only of first, 2 only of second"
         assert "Jaccard overlap 0.20" in title.subtitle.text
+
+    def test_where_there_are_too_many_those_of_one_circuit_come_first(self):
+        figure = plot_difference(whole(GRAPH), self.FIRST, max_edges=54)
+        assert len(lines(figure, "only first")) == 54  # all but three
+        figure = plot_difference(self.FIRST, self.SECOND, max_edges=4)
+        assert [len(lines(figure, name)) for name in ("both", "only first", "only second")] == [0, 2, 2]
+        assert "4 of 5 edges are drawn, those of one circuit only first" in figure.layout.title.subtitle.text
+
+    def test_tokens_that_differ_are_both_named(self):
+        other = replace(self.SECOND, provenance=provenance([" t0", " else", " t2", " t3"]))
+        axis = plot_difference(self.FIRST, other).layout.xaxis
+        assert [re.sub("<[^>]*>", "", text) for text in axis.ticktext] == ["·t0", "·t1·/··else", "·t2", "·t3"]
 
     def test_on_the_component_graph_too(self):
         graph = ComponentGraph(n_layers=2, n_heads=4, n_kv_heads=4)

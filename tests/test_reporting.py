@@ -148,9 +148,38 @@ def test_neurons_have_the_effects_that_attribution_says(own_model, made):
         effect = td.attribute(own_model, prompt, method="eap", neurons=True).values["neuron"]
         sizes = finding.neurons["effect"].abs().tolist()
         assert sizes == pytest.approx(effect.abs().flatten().topk(10).values.tolist())
-        for name, pos, value in finding.neurons.itertuples(index=False):
+        for name, pos, value, _ in finding.neurons.itertuples(index=False):
             layer, neuron = (int(number) for number in re.fullmatch(r"m(\d+)\.n(\d+)", name).groups())
             assert float(effect[layer, pos, neuron]) == pytest.approx(value)
+
+
+@torch.no_grad()
+def test_neurons_are_measured_by_running_the_model_without_them(own_model, made):
+    for finding, prompt in zip(made.findings, (PROMPT, OTHER), strict=True):
+        tokens, top = torch.tensor([prompt]), finding.curve.top_token
+        whole = own_model(tokens)[0, -1].log_softmax(-1)[top]
+        for name, pos, _, measured in finding.neurons.itertuples(index=False):
+            layer, neuron = (int(number) for number in re.fullmatch(r"m(\d+)\.n(\d+)", name).groups())
+
+            def without(post, hook, pos=pos, neuron=neuron):
+                post[0, pos, neuron] = 0.0
+                return post
+
+            logits = own_model.run_with_hooks(tokens, fwd_hooks=[(f"blocks.{layer}.mlp.hook_post", without)])
+            assert float(logits[0, -1].log_softmax(-1)[top] - whole) == pytest.approx(measured, abs=1e-5)
+
+
+def test_tokens_are_measured_by_running_the_circuit_without_their_embeddings(own_model, made):
+    for finding in made.findings:
+        circuit = finding.circuit
+        for position, size, loss, left in finding.origins.itertuples(index=False):
+            kept = {kind: mask.clone() for kind, mask in circuit.kept.items()}
+            kept["head"][0, ..., position] = False
+            kept["resid_attn"][0, position] = False
+            less = circuit.of_edges(kept)
+            assert circuit.n_edges - less.n_edges == size > 0
+            assert less.verify(own_model).faithfulness == pytest.approx(left, abs=1e-6)
+            assert circuit.verify(own_model).faithfulness - left == pytest.approx(loss, abs=1e-6)
 
 
 def test_flow_and_tokens_are_those_of_the_circuit(own_model, made):
@@ -263,7 +292,8 @@ def test_the_page_of_a_prompt_holds_its_findings(made):
     ]
     (neurons,) = page.table("neuron")
     assert [row[0] for row in neurons] == finding.neurons["neuron"].tolist()
-    assert [float(row[2]) for row in neurons] == pytest.approx(finding.neurons["effect"].tolist(), abs=6e-4)
+    assert [float(row[2]) for row in neurons] == pytest.approx(finding.neurons["measured"].tolist(), abs=6e-4)
+    assert [float(row[3]) for row in neurons] == pytest.approx(finding.neurons["effect"].tolist(), abs=6e-4)
     assert finding.curve.provenance.fingerprint in page.text
     assert alone.command in page.text
 
@@ -406,25 +436,20 @@ def test_the_short_page_says_where_a_curve_is_from(made):
 
 def test_the_command_makes_the_same_bytes(own_model, made, made_page, monkeypatch, tmp_path):
     assert made.command == (
-        "td.report(td.load_model('tiny-gpt2'), [3, 1, 4, 1, 5], compare=[9, 2, 6, 5, 3], faithfulness=0.9, "
-        "path='report.html')"
+        "td.report(model, [3, 1, 4, 1, 5], compare=[9, 2, 6, 5, 3], faithfulness=0.9, path='report.html')"
     )
-    monkeypatch.setitem(td.__dict__, "load_model", {"tiny-gpt2": own_model}.get)
     monkeypatch.chdir(tmp_path)
-    assert isinstance(eval(made.command, {"td": td}), Report)
+    assert isinstance(eval(made.command, {"td": td, "model": own_model}), Report)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     assert (tmp_path / "report.html").read_bytes() == made_page.encode()
 
 
-def test_options_are_in_the_command(own_model, monkeypatch):
+def test_options_are_in_the_command(own_model):
     options = {"method": "eap", "thresholds": (0.7,), "baselines": False, "position": -2, "seed": 3}
     report = td.report(own_model, torch.tensor(PROMPT), faithfulness=0.7, **options)
     written = ", ".join(f"{name}={value!r}" for name, value in options.items())
-    assert report.command == (
-        f"td.report(td.load_model('tiny-gpt2'), {PROMPT}, faithfulness=0.7, {written}, path='report.html')"
-    )
-    monkeypatch.setitem(td.__dict__, "load_model", {"tiny-gpt2": own_model}.get)
-    again = eval(report.command.replace(", path='report.html'", ""), {"td": td})
+    assert report.command == f"td.report(model, {PROMPT}, faithfulness=0.7, {written}, path='report.html')"
+    again = eval(report.command.replace(", path='report.html'", ""), {"td": td, "model": own_model})
     assert again.findings[0].curve.to_dict() == report.findings[0].curve.to_dict()
     assert edges_of(again.findings[0].circuit) == edges_of(report.findings[0].circuit)
 
@@ -433,11 +458,11 @@ def test_text_and_tasks_are_in_the_command(books, of_task):
     text = 'the "old" man\'s'
     report = td.report(books, text, baselines=False, thresholds=(0.9,))
     assert f"td.load_model('books-llama'), {text!r}, faithfulness=0.9, baselines=False" in report.command
-    assert "<Task 'made up'>" in of_task.command
+    assert of_task.command == "td.report(model, task, faithfulness=0.9, path='report.html')"
 
 
 def test_the_report_says_what_it_was_made_with(made, made_page):
-    assert made.versions.keys() == {"tracedensity", "transformer-lens", "torch", "python"}
+    assert made.versions.keys() == {"tracedensity", "transformer-lens", "torch", "plotly", "python"}
     assert made.versions["tracedensity"] == td.__version__
     text = Page(outside_plotly(made_page)).text
     assert f"torch {made.versions['torch']}" in text
@@ -449,7 +474,7 @@ def test_the_report_says_what_it_was_made_with(made, made_page):
 @pytest.mark.parametrize("bad", [0, -0.5, 1.5, float("nan")])
 def test_a_faithfulness_out_of_range_is_refused_before_anything_is_run(bad, own_model, monkeypatch):
     monkeypatch.setattr("tracedensity.reporting.density", lambda *_, **__: pytest.fail("it was run"))
-    with pytest.raises(ValueError, match=f"`faithfulness` must be above 0 and at most 1, got {bad:g}"):
+    with pytest.raises(ValueError, match=f"`faithfulness` must be above 0 and at most 1, got {bad!r}"):
         td.report(own_model, PROMPT, faithfulness=bad)
 
 
@@ -480,7 +505,7 @@ def test_bad_input_is_refused_and_leaves_no_file(prompt, options, words, own_mod
 
 
 def test_an_option_that_there_is_not_is_refused(own_model):
-    with pytest.raises(TypeError, match="unexpected keyword argument 'budgets'"):
+    with pytest.raises(ValueError, match=r"`options` must be those of `td.density`, got budgets"):
         td.report(own_model, PROMPT, budgets=3)
 
 

@@ -10,11 +10,12 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
+from torch import Tensor
 
 from tracedensity.activations import neuron_name
 from tracedensity.checks import minimality
 from tracedensity.choices import Method
-from tracedensity.curve import DensityCurve, require_thresholds
+from tracedensity.curve import DensityCurve
 from tracedensity.estimation import density
 from tracedensity.evaluation import evaluate
 from tracedensity.files import require_folder
@@ -136,7 +137,8 @@ def report(
     Raises:
         ValueError: If an argument is not as described here or in `td.density`.
     """
-    require_thresholds((faithfulness,))
+    if not isinstance(faithfulness, float | int) or not 0 < faithfulness <= 1:
+        raise ValueError(f"`faithfulness` must be above 0 and at most 1, got {faithfulness!r}.")
     if unknown := sorted(set(options) - set(signature(density).parameters)):
         raise ValueError(f"`options` must be those of `td.density`, got {', '.join(unknown)}.")
     transformer = as_transformer(model)
@@ -224,6 +226,7 @@ def _command(model: object, subjects: Sequence[object], faithfulness: float | in
     """The line of Python that makes the report, with names in place of what cannot be written down."""
 
     def written(value: object, name: str) -> str:
+        value = value.tolist() if isinstance(value, Tensor) else value
         return ascii(value) if isinstance(value, str | int | float | bool | list | tuple | None) else name
 
     named = model if isinstance(model, str) else as_transformer(model).name

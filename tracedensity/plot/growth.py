@@ -57,7 +57,11 @@ def plot_growth(
     edges = edges.iloc[np.argsort(first, kind="stable")].reset_index(drop=True)  # what a step lacks is last
     picture = Picture(token_graph(circuits[0]), curve.provenance.texts, edges, KINDS, curve.top_text)
     steps = [
-        Step(f"{whole.n_edges:,}", size_of(whole) + (some and f", {some} drawn"), picture.traces(among(edges, part)))
+        Step(
+            f"{whole.n_edges:,}",
+            size_of(whole) + (some and f", first {max_edges:,} drawn"),
+            picture.traces(among(edges, part)),
+        )
         for whole, part, some in zip(circuits, drawn, which, strict=True)
     ]
     active = [circuit.n_edges for circuit in circuits].index(max(curve.minimal_size(faithfulness), circuits[0].n_edges))

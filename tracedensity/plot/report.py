@@ -161,8 +161,12 @@ def _short(finding: Finding, faithfulness: float | int) -> str:
 def _comparison(first: Finding, second: Finding, faithfulness: float | int) -> list[str]:
     """Both curves, and where the circuits differ; blue is the sparser one in both figures."""
     one, other = sorted((first, second), key=lambda finding: finding.circuit.fraction)
-    figure = plot_curves([one.curve, other.curve], threshold=faithfulness)
-    body = ["<h2>Side by side</h2>", figure_div(figure, "compared")]
+    metrics = [html.escape(visible(each.curve.metric)) for each in (first, second)]
+    if metrics[0] == metrics[1]:
+        drawn = figure_div(plot_curves([one.curve, other.curve], threshold=faithfulness), "compared")
+    else:
+        drawn = f"<p>Faithfulness is measured by {metrics[0]} here and by {metrics[1]} there, on no common scale.</p>"
+    body = ["<h2>Side by side</h2>", drawn]
     if type(one.circuit.graph) is not type(other.circuit.graph):
         return body
     if one.circuit.graph == other.circuit.graph and (one.circuit | other.circuit).n_edges <= _LEGIBLE:
