@@ -168,6 +168,18 @@ def saved(model, tmp_path_factory):
     return paths
 
 
+def test_check_leaves_out_whole_heads_and_mlps(model, saved, capsys):
+    assert main(["check", str(saved[0]), "--by", "node", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    expected = td.minimality(model, td.load(saved[0]), by="node")
+    assert [row["node"] for row in printed["nodes"]] == list(expected["node"])
+    assert [row["loss"] for row in printed["nodes"]] == pytest.approx(list(expected["loss"]), abs=1e-5)
+    assert main(["check", str(saved[0]), "--by", "node"]) == 0
+    assert "without each node, least needed first" in capsys.readouterr().out
+    assert main(["check", str(saved[0]), "--by", "token"]) == 2
+    assert "`by` must be 'edge' or 'node' but on the token graph, got 'token'" in capsys.readouterr().err
+
+
 def test_check_says_what_each_edge_is_worth_and_what_is_missing(model, saved, capsys):
     assert main(["check", str(saved[0]), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)

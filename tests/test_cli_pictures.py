@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -158,6 +159,26 @@ def test_the_command_in_the_page_is_the_one_that_was_given(asked, tmp_path):
     assert asked == [(prompt, {"compare": None, "faithfulness": 0.5})] * 2
 
 
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        pytest.param('it\'s "new" \\ $HOME `id` !', id="signs of the shell"),
+        pytest.param("a caf\u00e9\nit's\t\u202e\x85\U0001f600 \\n $x", id="what cannot be seen"),
+        pytest.param("\n", id="a line break"),
+    ],
+)
+def test_a_shell_reads_the_command_as_it_was_given(prompt, asked, tmp_path):
+    words = ["report", prompt, "-o", "report.html"]
+    assert main(words) == 0
+    assert [given for given, _ in asked] == [prompt]
+    command = command_of((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert command.isprintable()
+    shell = f"tracedensity() {{ printf '%s\\0' \"$@\"; }}; {command}"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, check=True, env={"LC_ALL": "C.UTF-8"})
+    assert done.stdout.decode().split("\0")[:-1] == words
+
+
 @pytest.mark.usefixtures("no_page")
 def test_a_task_has_a_report_and_a_prompt_may_stand_beside_it(asked):
     assert main(["report", *TASK, "--compare", MAN]) == 0
@@ -194,6 +215,7 @@ def test_pairs_from_a_file_have_a_report(asked, tmp_path):
         pytest.param(
             [MAN, "-o", "nowhere/report.html"], "a folder that exists, got 'nowhere/report.html'", id="no folder"
         ),
+        pytest.param([MAN, "-o", "report.png"], "`--out` must end in .html, got 'report.png'", id="no page"),
         pytest.param([MAN, "-o", "."], "must be a file in a folder that exists, got '.'", id="a folder"),
     ],
 )  # fmt: skip

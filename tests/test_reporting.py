@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import torch
 from component_cases import EQUAL
@@ -444,9 +445,10 @@ def test_the_command_makes_the_same_bytes(own_model, made, made_page, monkeypatc
     assert (tmp_path / "report.html").read_bytes() == made_page.encode()
 
 
-def test_options_are_in_the_command(own_model):
+@pytest.mark.parametrize("kind", [torch.tensor, np.array])
+def test_options_are_in_the_command(kind, own_model):
     options = {"method": "eap", "thresholds": (0.7,), "baselines": False, "position": -2, "seed": 3}
-    report = td.report(own_model, torch.tensor(PROMPT), faithfulness=0.7, **options)
+    report = td.report(own_model, kind(PROMPT), faithfulness=0.7, **options)
     written = ", ".join(f"{name}={value!r}" for name, value in options.items())
     assert report.command == f"td.report(model, {PROMPT}, faithfulness=0.7, {written}, path='report.html')"
     again = eval(report.command.replace(", path='report.html'", ""), {"td": td, "model": own_model})

@@ -426,28 +426,34 @@ def verify(
 @app.command()
 def check(
     file: CircuitArgument,
+    by: Annotated[
+        Literal["edge", "node", "token"] | None,
+        typer.Option(help="What is left out: an edge, a head or MLP, a token's embedding.", show_default="edge"),
+    ] = None,
     model: OwnModelOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Is every edge of a circuit needed, and is anything missing?"""
+    """Is every edge of a circuit needed, or every head or token, and is anything missing?"""
+    unit = "edge" if by is None else by
     with _quiet():
         found = _read_circuit(file)
         loaded = _model_of(found, model, device)
-        edges, complete = td.minimality(loaded, found), td.completeness(loaded, found)
+        units, complete = td.minimality(loaded, found, **_given(by=by)), td.completeness(loaded, found)
     if as_json:
         knockouts = [
             {"size": int(size), "model": float(whole), "circuit": float(part)}
             for size, whole, part in zip(complete.size, complete.model, complete.circuit, strict=True)
         ]
-        checked = {"complement": complete.complement, "knockouts": knockouts, "edges": edges.to_dict(orient="records")}
+        rows = units.to_dict(orient="records")
+        checked = {"complement": complete.complement, "knockouts": knockouts, f"{unit}s": rows}
         typer.echo(json.dumps(checked, allow_nan=False))
         return
-    if not len(edges):
-        typer.echo(f"{found}\n{complete}\nIt has no edges.")
+    if not len(units):
+        typer.echo(f"{found}\n{complete}\nIt has no {unit}s.")
         return
-    typer.echo(f"{found}\n{complete}\n\nWhat it is less faithful by without an edge, least needed first:")
-    typer.echo(edges.head(10).to_string(index=False))
+    typer.echo(f"{found}\n{complete}\n\nWhat it is less faithful by without each {unit}, least needed first:")
+    typer.echo(units.head(10).to_string(index=False))
 
 
 @app.command()
@@ -805,7 +811,14 @@ def _word(word: str) -> str:
     """A word quoted; what cannot be seen, a line break among it, is written out."""
     if word.isprintable():
         return shlex.quote(word)
-    return "$'" + word.encode("unicode_escape").decode().replace("'", "\\'") + "'"
+    return "$'" + "".join(map(_char, word)) + "'"
+
+
+def _char(char: str) -> str:
+    """A character between ``$'`` and ``'``; what cannot be seen by its code point, since bytes are no characters."""
+    if char.isprintable():
+        return f"\\{char}" if char in "\\'" else char
+    return "\\n" if char == "\n" else f"\\U{ord(char):08x}"
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from inspect import signature
 from os import PathLike
 from typing import TYPE_CHECKING, Any, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -226,7 +227,7 @@ def _command(model: object, subjects: Sequence[object], faithfulness: float | in
     """The line of Python that makes the report, with names in place of what cannot be written down."""
 
     def written(value: object, name: str) -> str:
-        value = value.tolist() if isinstance(value, Tensor) else value
+        value = value.tolist() if isinstance(value, Tensor | np.ndarray) else value
         return ascii(value) if isinstance(value, str | int | float | bool | list | tuple | None) else name
 
     named = model if isinstance(model, str) else as_transformer(model).name
