@@ -216,6 +216,15 @@ def test_the_unit_of_scores_does_not_matter(factor):
     assert by_name(trace_flow(whole(graph), scaled)) == pytest.approx(expected, rel=1e-6)
 
 
+def test_skip_connections_that_are_kept_anyhow_carry_their_share():
+    graph = TokenGraph(2, 2, 3)
+    scores, circuit = drawn_scores(graph), drawn_circuit(graph, 0.3)
+    skips = {kind: graph.exists[kind] if kind.startswith("resid") else mask for kind, mask in circuit.kept.items()}
+    kept = trace_flow(replace(circuit, keep_residual=True), scores)
+    assert_as_walked(kept, circuit.of_edges(skips), scores)
+    assert kept.origins.sum() == pytest.approx(1.0)
+
+
 def test_negative_importance_takes_nothing():
     flow = trace_flow(whole(ONE), named_scores(ONE, {**WEIGHTS, "m0@1": -3.0, "r0.attn@1": -1.0}))
     assert by_name(flow) == {

@@ -1,5 +1,6 @@
 """Rankings: the order in which edges enter, which is a nested family of circuits."""
 
+import html
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from operator import index
@@ -83,6 +84,12 @@ class Ranking:
 
     def __repr__(self) -> str:
         return f"Ranking({self.family}, {self.n_edges} edges, {self.provenance})"
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{html.escape(kind)}</th>" for kind in self.rank)
+        cells = "".join(f"<td>{int(exists.sum()):,}</td>" for exists in self.graph.exists.values())
+        table = f"<table><thead><tr>{head}</tr></thead><tbody><tr>{cells}</tr></tbody></table>"
+        return f"<p>{html.escape(repr(self))}</p>{table}"
 
 
 def rank_edges(

@@ -4,8 +4,10 @@ import html
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from importlib.metadata import version
 from inspect import signature
+from operator import or_
 from os import PathLike
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -16,7 +18,7 @@ from torch import Tensor
 from tracedensity.activations import neuron_name
 from tracedensity.checks import minimality
 from tracedensity.choices import Method
-from tracedensity.curve import DensityCurve
+from tracedensity.curve import THRESHOLDS, DensityCurve
 from tracedensity.estimation import density
 from tracedensity.evaluation import evaluate
 from tracedensity.files import require_folder
@@ -162,7 +164,8 @@ def report(
 def _find(model: Transformer, subject: object, faithfulness: float, options: Mapping[str, Any]) -> Finding:
     if isinstance(subject, Task):
         options = {"graph": "component", **options}
-    curve = density(model, subject, **options)
+    thresholds = tuple(sorted({*options.get("thresholds", THRESHOLDS), faithfulness}))  # the crossing is wanted exactly
+    curve = density(model, subject, **{**options, "thresholds": thresholds})
     circuit = curve.circuit(faithfulness=faithfulness)
     metric: Any = options.get("metric")
     metric = metric if callable(metric) else None
@@ -174,13 +177,13 @@ def _find(model: Transformer, subject: object, faithfulness: float, options: Map
     nodes = minimality(model, circuit, by="node", metric=metric).iloc[::-1].reset_index(drop=True)
     if not isinstance(circuit.graph, TokenGraph):
         return Finding(curve, circuit, scores, nodes)
-    read = curve.circuit(size=max(size for size in curve.sizes.tolist() if size <= max(MOST, circuit.n_edges)))
+    drawn = [curve.circuit(size=size) for size in curve.sizes.tolist() if size <= MOST]  # of a search not nested
     return Finding(
         curve, circuit, scores, nodes,
         candidates=_candidates(model, curve),
         origins=minimality(model, circuit, by="token", metric=metric).iloc[::-1].reset_index(drop=True),
         flow=trace_flow(circuit, scores),
-        tokens=top_tokens(model, read | circuit),
+        tokens=top_tokens(model, reduce(or_, drawn, circuit)),
         neurons=_neurons(model, curve),
     )  # fmt: skip
 

@@ -46,9 +46,9 @@ def trace_flow(circuit: Circuit, scores: Scores) -> Flow:
     """Divide the prediction among the edges that lead to it, state by state, back to the tokens.
 
     Each state of the stream hands what arrives at it down along its in-edges in the circuit, in proportion to their
-    importance, negative ones nothing. So importance that is local to a state, as contribution scores are, becomes a
-    share of the whole. It says what the scores say: a route along which much is written need not matter, which only
-    running the circuit without it can tell.
+    importance, negative ones nothing; skip connections that are kept whenever the circuit is run are among them. So
+    importance that is local to a state, as contribution scores are, becomes a share of the whole. It says what the
+    scores say: a route along which much is written need not matter, which only running the circuit without it can tell.
 
     Args:
         circuit: A circuit of a token graph.
@@ -73,7 +73,11 @@ def trace_flow(circuit: Circuit, scores: Scores) -> Flow:
     if not (finite := importance.isfinite()).all():
         raise ValueError(f"`scores` must be finite, got {int((~finite).sum())} NaN or infinite of {len(finite)}.")
     edges = graph.edges
-    weight = importance.clamp(min=0) * flatten(graph, circuit.kept)
+    run = {  # what is there when the circuit is run
+        kind: graph.exists[kind] if circuit.keep_residual and kind.startswith("resid") else mask
+        for kind, mask in circuit.kept.items()
+    }
+    weight = importance.clamp(min=0) * flatten(graph, run)
     through = weight.new_zeros(edges.n_nodes)
     through[edges.output] = 1.0
     flow = torch.zeros_like(weight)
