@@ -223,8 +223,6 @@ class Picture:
         edges = self.edges
         chosen = np.ones(len(edges), dtype=bool) if chosen is None else chosen
         kind, group = edges["part"].to_numpy(), edges["group"].to_numpy()
-        # many lines are faint, so that the common paths stand out
-        ink = float(np.clip((100 / max(int((chosen & (kind == "head")).sum()), 1)) ** 0.35, 0.15, 1.0))
         x, y, mouse = self._ways
         bare, inked, hovered = [], [], []
         for name, colour in self.groups.items():
@@ -237,7 +235,7 @@ class Picture:
                     bare.append(joined(pos + self.aside * out, bottom + up, f"{name}, its way", line))
                 for place in np.unique(self._widths[here]).tolist():
                     which = here & chosen & (self._widths == place)
-                    width, opacity = self._line(of_kind, place, ink)
+                    width, opacity = self._line(of_kind, place, int(which.sum()))
                     line = {"color": colour, "width": width}
                     trace = joined(x[which], y[which], name, line, opacity=opacity)
                     (bare if of_kind == "skip connection" else inked).append(trace)
@@ -248,14 +246,15 @@ class Picture:
             hovered.append(touched(x, y, said[of_this], template, f"{of_kind}, under the mouse", colour))
         return [*bare, *inked, *hovered, self._states(chosen), self._predicted()]
 
-    def _line(self, kind: str, place: int, ink: float) -> tuple[float, float]:
-        """Width (px) and opacity."""
+    def _line(self, kind: str, place: int, count: int) -> tuple[float, float]:
+        """Width (px) and opacity of so many lines; those of heads are faint where many, so that the few stand out."""
         width = WIDTHS[place][1] if self.strongest > 0 else 1.4
         if kind == "MLP":
             return (3.5 + width) * self.crowding, 1.0
         if kind == "skip connection":
             return width * self.crowding, 1.0
-        return width * ink**0.5, max(0.85 * ink, 0.8 * (place >= 2))
+        ink = min(1.0, (100 / max(count, 1)) ** 0.4)
+        return max(width * ink**0.7, 0.5), 0.85 * max(ink, 0.15)
 
     def _states(self, chosen: Bool[ndarray, " edge"]) -> go.Scatter:
         """A dot at each state that an edge leaves or enters."""
