@@ -461,7 +461,7 @@ def test_sizes_and_situations_are_shown(shown):
     robust, text, page = robust_of(shown), repr(shown), shown._repr_html_()
     sizes = [robust.minimal_size(threshold) for threshold in THRESHOLDS]
     assert shown.table()["robust_size"].tolist() == sizes
-    assert "robust" in text.splitlines()[4] and "<th>robust (edges)</th>" in page
+    assert "robust" in text.splitlines()[5] and "<th>robust (edges)</th>" in page
     rows = [line.split() for line in text.splitlines()[5 : 5 + len(sizes)]]
     cells = re.findall(r"<tr><td>(.*?)</td></tr>", page)
     for threshold, size, row, cell in zip(THRESHOLDS, sizes, rows, cells, strict=True):
