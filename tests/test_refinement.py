@@ -357,6 +357,15 @@ def test_a_budget_that_nothing_spends_is_refused(tiny_gpt2):
         td.density(tiny_gpt2, [3, 1, 4], budget=100)
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C as at a terminal: jobs in the background of a shell are started with it ignored."""
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, usual)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("moment", ["add_hook", "remove_hooks"])
 def test_ctrl_c_waits_until_hooks_are_off_again(moment, tiny_gpt2, monkeypatch):
     start = td.attribute(tiny_gpt2, [3, 1, 4, 1, 5]).rank().circuit(40)

@@ -462,7 +462,7 @@ def test_sizes_and_situations_are_shown(shown):
     sizes = [robust.minimal_size(threshold) for threshold in THRESHOLDS]
     assert shown.table()["robust_size"].tolist() == sizes
     assert "robust" in text.splitlines()[5] and "<th>robust (edges)</th>" in page
-    rows = [line.split() for line in text.splitlines()[5 : 5 + len(sizes)]]
+    rows = [line.split() for line in text.splitlines()[6 : 6 + len(sizes)]]
     cells = re.findall(r"<tr><td>(.*?)</td></tr>", page)
     for threshold, size, row, cell in zip(THRESHOLDS, sizes, rows, cells, strict=True):
         assert row[0] == str(threshold) and str(size) in row[1:]
