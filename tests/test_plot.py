@@ -163,7 +163,7 @@ class TestTask:
 
     def test_title_says_what_is_asked_and_how(self, curve):
         title = plot_curve(curve).layout.title
-        assert html.unescape(title.text).replace("\u200b", "").endswith(": 2 pairs")
+        assert html.unescape(title.text).replace("\u200b", "").endswith("(2 pairs)")
         full, empty = float(curve.full.mean()), float(curve.empty.mean())
         assert f"logit_diff {full:.2f}, ablated {empty:.2f}" in title.subtitle.text
         assert "counterfactual ablation" in title.subtitle.text

@@ -160,8 +160,6 @@ class TestWhatIsKnown:
         # shares of the strongest: 1, 0.3, 0.1, 0.01
         values = {"a0.h0@0->1": -2.0, "a0.h0@0->2": 0.6, "a0.h0@0->3": 0.2, "m0@1": 0.02}
         figure = plot_circuit(make_circuit(*values), scores=scores_of(values, helpful=-1))
-        width = {len(lines): trace.line.width for trace in traces(figure, "head") for lines in [segments(trace)]}
-        assert width
         by_end = {
             line[-1][0]: trace.line.width
             for trace in traces(figure, "head") if not trace.showlegend for line in segments(trace)

@@ -4,17 +4,16 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import drawn
 import pytest
 import torch
 
-from tracedensity.curve import DensityCurve
 from tracedensity.extract import Ranking
 from tracedensity.graph import unflatten
 from tracedensity.graph.token import TokenGraph
 from tracedensity.plot.strip import _SCALE, _ink, density_strip
 from tracedensity.plot.theme import DARK
 from tracedensity.provenance import Provenance
-from tracedensity.run import Conditions
 from tracedensity.task import Task
 
 GRAPH = TokenGraph(n_layers=2, n_heads=3, n_pos=4)  # 57 edges
@@ -26,18 +25,8 @@ def make_curve(size, texts, top_text=" man", ids=None, task=None):
     """A curve that reaches 0.9 at one size, of what follows some texts."""
     about = Provenance("tiny", "abc", tuple(ids or range(len(texts))), tuple(texts), "norm", task=task)
     rank = unflatten(GRAPH, torch.arange(57, dtype=torch.int32).flip(0), -1)
-    return DensityCurve(
-        torch.tensor([size, 57]),
-        torch.tensor([0.9375, 1.0], dtype=torch.float64),
-        Ranking(GRAPH, rank, "greedy", about),
-        (0.5, 0.9),
-        "tv",
-        Conditions(),
-        entropy=1.25,
-        top_token=3,
-        top_text=top_text,
-        top_probability=0.5,
-    )
+    made = drawn.make_curve([size], [0.9375], top_text=top_text)
+    return replace(made, ranking=Ranking(GRAPH, rank, "greedy", about))
 
 
 # predictions of " was", of " a", and of what follows

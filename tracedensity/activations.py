@@ -95,6 +95,11 @@ class Activations:
         """The text of each token; its id where the model has no tokenizer."""
         return self.transformer.texts(self.tokens)
 
+    @property
+    def prompt(self) -> str:
+        """The text of the prompt, with its beginning-of-sequence token."""
+        return self.transformer.text(self.tokens.tolist())
+
     # -- whole tensors ---------------------------------------------------------------------------
 
     @property

@@ -38,7 +38,9 @@ SHORTFALL = 1e-4
 
 _CIRCUIT_AT = 0.9
 
-_arguments: list[str] = []  # the words of the command that is run
+_words: list[
+    str
+] = []  # of the command that is run; typer's own context is of a class that its annotation does not name
 
 app = typer.Typer(
     add_completion=False,
@@ -630,7 +632,7 @@ def report(
         loaded = td.load_model(**_given(name_or_model=model, device=device))
         subject = _subject(loaded, prompt, task, pairs, n, solved, same_length, seed)
         other = None if compare is None else _prompt(compare)
-        made = replace(td.report(loaded, subject, compare=other, **options), command=_words())
+        made = replace(td.report(loaded, subject, compare=other, **options), command=_written(_words))
         made.save(out)
     for finding in made.findings:
         typer.echo(repr(finding.curve) + "\n")
@@ -747,7 +749,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after `tracedensity`; by default those of this process. None at all is `--help`.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
-    _arguments[:] = words
+    _words[:] = words
     command = typer.main.get_command(app)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a token that the terminal cannot show is no error
@@ -802,9 +804,9 @@ def _drawn(results: "list[Circuit | td.DensityCurve]", names: list[str], kind: s
     return draw[kind](theme=theme)
 
 
-def _words() -> str:
-    """The command that was given, for a shell such as bash to read."""
-    return " ".join(["tracedensity", *(_word(each) for each in _arguments)])
+def _written(words: Sequence[str]) -> str:
+    """The command of these words, for a shell such as bash to read."""
+    return " ".join(["tracedensity", *map(_word, words)])
 
 
 def _word(word: str) -> str:

@@ -63,13 +63,13 @@ def plot_attention(
         )  # fmt: skip
         _add_axes(figure, grid, i, head.name)
     length = min(grid.height, 240)
-    bar = colour_bar("attention weight", len=length, lenmode="pixels", y=1, yanchor="top", ypad=0, dtick=0.2)
+    bar = colour_bar("attention weight", len=length, lenmode="pixels", y=1, yanchor="top", dtick=0.2)
     scale = colour_scale(SEQUENTIAL)
     figure.update_layout(coloraxis={"colorscale": scale, "cmin": 0, "cmax": 1, "colorbar": bar})
     return finished(
         figure,
         f"Attention of {shown[0].name if len(shown) == 1 else f'{len(shown)} heads'}",
-        [plain(activations.transformer.name), quoted("".join(texts)), which],
+        [plain(activations.transformer.name), quoted(activations.prompt), which],
         plot_height=grid.height,
         theme=theme,
         above=_TITLE,

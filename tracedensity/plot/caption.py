@@ -1,5 +1,6 @@
 """Captions: what figures say of the thing that they are about."""
 
+from tracedensity.curve import DensityCurve
 from tracedensity.graph.circuit import Circuit
 from tracedensity.graph.token import TokenGraph
 from tracedensity.plot.theme import percent, plain, quoted
@@ -13,6 +14,13 @@ def asked(provenance: Provenance) -> str:
         return quoted(provenance.prompt)
     unit = "prompt" if task.corrupted is None else "pair"
     return f"{plain(task.name)} ({len(task):,} {unit}{'s' * (len(task) != 1)})"
+
+
+def predicted(curve: DensityCurve, length: int = 50) -> str:
+    """The task and its size, or the prediction and its prompt; still to be a `label`."""
+    if curve.provenance.named_task is not None:
+        return asked(curve.provenance)
+    return f"{quoted(curve.top_text, 20)} after {quoted(curve.provenance.prompt, length)}"
 
 
 def found(circuit: Circuit) -> str:

@@ -26,10 +26,12 @@ from tracedensity.plot.theme import (
     MUTED,
     NARROW,
     PAPER,
+    TOKEN,
     WIDTHS,
     Theme,
     finished,
     label,
+    named_tokens,
     quoted,
     rounded,
     shortened,
@@ -42,8 +44,6 @@ from tracedensity.unembedding import TopTokens
 KINDS = {"head": COLOURS["head"], "MLP": COLOURS["mlp"], "skip connection": COLOURS["residual"]}
 """What edges are called in the legend, and their colours."""
 
-_NAMED_TOKENS = 72  # more do not fit beside one another
-_COLUMN = 15  # px that a token needs for its name, written upwards
 _ROUND = ((0.0, 0.0), (0.08, 0.55), (0.2, 0.9), (0.34, 1.0), (0.66, 1.0), (0.8, 0.9), (0.92, 0.55), (1.0, 0.0))
 """A way one row up that swerves to one side, where the straight one is another edge's: how far up, how far aside."""
 
@@ -296,12 +296,11 @@ class Picture:
         return [*groups, *width_entries(self._widths, self.strongest, signed)]
 
     def framed(
-        self, figure: go.Figure, title: str, said: Sequence[str], *, remark: str, theme: Theme | str, below: float = 0
+        self, figure: go.Figure, title: str, said: Sequence[str], *, remark: str, theme: Theme | str
     ) -> go.Figure:
-        """The figure with tokens along the bottom and layers up the side; `below` is room (px) for what comes next."""
+        """The figure with tokens along the bottom and layers up the side."""
         n_pos, n_layers, rows = self.graph.n_pos, self.graph.n_layers, rows_of(self.graph)
-        step = -(-n_pos // _NAMED_TOKENS)
-        named = range((n_pos - 1) % step, n_pos, step)  # the last token always
+        named, axis_title = named_tokens(n_pos)
         read = set(self.edges["src"][self.edges["row"] == 0])
         names = [token(self.texts[pos]) for pos in named]
         names = [
@@ -316,14 +315,14 @@ class Picture:
             legend={"itemsizing": "trace"},
             xaxis={
                 "range": [-0.6, n_pos - 0.4],
-                "tickvals": list(named),
+                "tickvals": named,
                 "ticktext": names,
                 "tickangle": -90 if upright else 0,
                 "tickfont": {"size": 11},
                 "ticks": "",
                 "showgrid": True,
                 "gridcolor": FAINT,
-                "title": {"text": "token" if step == 1 else f"token (one in {step} is named)"},
+                "title": {"text": axis_title},
             },
             yaxis={
                 "range": [-0.3, self.top + 0.9],
@@ -337,8 +336,8 @@ class Picture:
         return finished(
             figure, title, said, remark=remark, theme=theme,
             plot_height=max(240, min(36 * self.top, 600), 11 * self.top),
-            below=(44 + 6 * longest if upright else 52) + below,
-            min_width=90 + _COLUMN * len(named),
+            below=44 + 6 * longest if upright else 52,
+            min_width=90 + TOKEN * len(named),
         )  # fmt: skip
 
 

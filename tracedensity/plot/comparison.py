@@ -376,7 +376,7 @@ def _add_axes(figure: go.Figure, sheet: _Sheet) -> None:
                 "colorbar": colour_bar(
                     f"minimal size for {sheet.thresholds[sheet.at]:g} (share)",
                     tickvals=marks, ticktext=[percent(10**mark) for mark in marks],
-                    y=1, yanchor="top", len=_CURVES, lenmode="pixels", ypad=0,
+                    y=1, yanchor="top", len=_CURVES, lenmode="pixels",
                 ),
             }
         )  # fmt: skip

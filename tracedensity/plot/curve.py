@@ -8,6 +8,7 @@ import torch
 
 from tracedensity.curve import DensityCurve, Points
 from tracedensity.graph.component import ComponentGraph
+from tracedensity.plot.caption import predicted
 from tracedensity.plot.theme import (
     COLOURS,
     FAINT,
@@ -18,7 +19,6 @@ from tracedensity.plot.theme import (
     label,
     percent,
     plain,
-    quoted,
     require_result,
     share_ticks,
 )
@@ -188,17 +188,12 @@ def _add_axes(figure: go.Figure, curve: DensityCurve) -> None:
 
 def _said(curve: DensityCurve) -> tuple[str, list[str]]:
     """What is predicted from what, and how edges were ranked and circuits run."""
-    task = curve.provenance.named_task
-    if task is not None:
-        title = f"{plain(task.name)}: {len(task)} {'pair' if len(task) == 1 else 'pairs'}"
-    else:
-        title = f"{quoted(curve.top_text, 20)} after {quoted(curve.provenance.prompt)}"
     if curve.full is None or curve.empty is None:
         found = f"p = {curve.top_probability:.2f}, entropy {curve.entropy:.2f} nats"
     else:
         found = f"{plain(curve.metric)} {float(curve.full.mean()):.2f}, ablated {float(curve.empty.mean()):.2f}"
     ranked = [] if isinstance(curve, TightCurve) else [curve.provenance.method, curve.ranking.family]
-    return title, [
+    return predicted(curve), [
         plain(curve.provenance.model),
         *([f"edges by {', '.join(map(plain, ranked))}"] if ranked else []),
         f"{curve.n_edges:,} edges",

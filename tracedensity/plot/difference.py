@@ -43,9 +43,10 @@ def plot_difference(
             f"`second` must be a circuit of the same graph as the first, {first.graph}, got {second.graph}. "
             "Heads of circuits on different prompts are compared by `plot_heatmap(first, minus=second)`."
         )
-    n_both, n_first, n_second = ((first & second).n_edges, (first - second).n_edges, (second - first).n_edges)
+    both, only_first, only_second = first & second, first - second, second - first
     one, other = (plain(name, 24) for name in names)
-    title = f"{n_both:,} edges of both, {n_first:,} only of {one},\n{n_second:,} only of {other}"
+    title = f"{both.n_edges:,} edges of both, {only_first.n_edges:,} only of {one},"
+    title += f"\n{only_second.n_edges:,} only of {other}"
     prompts = list(dict.fromkeys(asked(circuit.provenance) for circuit in (first, second)))
     about = [*prompts, *dict.fromkeys(found(circuit) for circuit in (first, second))]
     about.append(f"Jaccard overlap {first.jaccard(second):.2f}")
@@ -54,8 +55,7 @@ def plot_difference(
     if isinstance(first.graph, ComponentGraph):
         return drawn_component(union, scores, title, about, theme, (first, second), list(groups.items()))
     require_same_graph(union, scores)
-    both = first & second
-    differing, _ = strongest((first - second) | (second - first), scores, None, max_edges)
+    differing, _ = strongest(only_first | only_second, scores, None, max_edges)
     drawn = differing | strongest(both, scores, None, max_edges - differing.n_edges)[0]
     remark = f"{drawn.n_edges:,} of {union.n_edges:,} edges are drawn, those of one circuit only first"
     edges = edges_of(drawn, scores=scores)

@@ -53,16 +53,17 @@ def plot_growth(
     drawn, which = zip(*(strongest(circuit, scores, curve.ranking, max_edges) for circuit in circuits), strict=True)
     entered = None if isinstance(curve, TightCurve) else curve.ranking  # what a search finds enters nowhere
     edges = edges_of(reduce(or_, drawn), scores=scores, ranking=entered, tokens=tokens)
-    first = np.argmax([among(edges, circuit) for circuit in drawn], axis=0)
-    edges = edges.iloc[np.argsort(first, kind="stable")].reset_index(drop=True)  # what a step lacks is last
+    there = np.array([among(edges, circuit) for circuit in drawn])  # [step, edge]
+    order = np.argsort(there.argmax(0), kind="stable")  # what a step lacks is last
+    edges, there = edges.iloc[order].reset_index(drop=True), there[:, order]
     picture = Picture(token_graph(circuits[0]), curve.provenance.texts, edges, KINDS, curve.top_text)
     steps = [
         Step(
             f"{whole.n_edges:,}",
             size_of(whole) + (some and f", first {max_edges:,} drawn"),
-            picture.traces(among(edges, part)),
+            picture.traces(chosen),
         )
-        for whole, part, some in zip(circuits, drawn, which, strict=True)
+        for whole, chosen, some in zip(circuits, there, which, strict=True)
     ]
     active = [circuit.n_edges for circuit in circuits].index(max(curve.minimal_size(faithfulness), circuits[0].n_edges))
     figure = go.Figure([go.Scatter(trace) for trace in steps[active].traces])

@@ -18,11 +18,13 @@ from tracedensity.plot.theme import (
     DIVERGING,
     NARROW,
     SEQUENTIAL,
+    TOKEN,
     Theme,
     colour_bar,
     colour_scale,
     finished,
     label,
+    named_tokens,
     percent,
     plain,
     quoted,
@@ -38,8 +40,6 @@ _TITLES = {
     "importance": "Importance by {}",
     "entry": "Circuit size at which each {} enters",
 }
-_NAMED_TOKENS = 72  # more do not fit beside one another
-_PER_TOKEN = 15  # px
 
 
 def plot_heatmap(
@@ -92,7 +92,7 @@ def plot_heatmap(
     longest = max(map(len, _tokens(shown[0])))
     return finished(
         figure, title, _about(results), remark=remark, plot_height=height, theme=theme, below=48 + 6 * min(longest, 14),
-        min_width=max(NARROW, 170 + _PER_TOKEN * len(columns)),
+        min_width=max(NARROW, 170 + TOKEN * len(columns)),
     )  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def _scale(colours: Sequence[str], low: float, high: float, title: str, **ticks:
         "zmin": low,
         "zmax": high if high > low else low + 1,
         "colorscale": colour_scale(colours),
-        "colorbar": colour_bar(label(title), ypad=0, **ticks),
+        "colorbar": colour_bar(label(title), **ticks),
     }
 
 
@@ -223,8 +223,7 @@ def _gap(columns: Sequence[str]) -> float:
 
 
 def _named(texts: Sequence[str]) -> dict[str, Any]:
-    every = -(-len(texts) // _NAMED_TOKENS)
-    named = list(range((len(texts) - 1) % every, len(texts), every))  # the last one always
+    named, title = named_tokens(len(texts))
     return {
         "range": [-0.5, len(texts) - 0.5],
         "tickvals": named,
@@ -232,5 +231,5 @@ def _named(texts: Sequence[str]) -> dict[str, Any]:
         "tickangle": -90 if len(texts) > 16 else None,
         "autotickangles": [0, -90],  # of fewer tokens as the window is wide
         "tickfont": {"size": 11},
-        "title": {"text": "token" if every == 1 else f"token (one in {every} is named)"},
+        "title": {"text": title},
     }

@@ -10,7 +10,7 @@ from tracedensity.curve import DensityCurve
 from tracedensity.graph.circuit import Circuit
 from tracedensity.graph.component import ComponentGraph
 from tracedensity.plot.attention import plot_attention, plot_top
-from tracedensity.plot.caption import asked
+from tracedensity.plot.caption import predicted
 from tracedensity.plot.comparison import plot_curves
 from tracedensity.plot.component import plot_component
 from tracedensity.plot.composition import plot_composition
@@ -26,8 +26,6 @@ from tracedensity.tight import TightCurve
 from tracedensity.unembedding import TopTokens
 
 _TOP = 10  # bars of what writes most
-
-
 _LEGIBLE = 600  # edges of two circuits in one picture
 
 
@@ -48,7 +46,7 @@ def density_page(curve: DensityCurve, *, faithfulness: float | int = 0.9) -> str
         *_composition_section(curve, ""),
         _provenance(curve),
     ]
-    return page(_name(curve), body)
+    return page(predicted(curve), body)
 
 
 def report_page(report: Report) -> str:
@@ -67,7 +65,7 @@ def report_page(report: Report) -> str:
     for finding, suffix in zip(findings, suffixes, strict=True):
         curve = finding.curve
         if others:
-            body.append(f"<h1>{html.escape(_name(curve))}</h1>")
+            body.append(f"<h1>{html.escape(predicted(curve))}</h1>")
         body += [
             *_curve_section(curve, suffix),
             *_circuit_section(
@@ -86,7 +84,7 @@ def report_page(report: Report) -> str:
     made = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     body.append(f'<p class="note">{html.escape(made)}. To make it again:</p>')
     body.append(f"<p><code>{html.escape(report.command)}</code></p>")
-    return page(" and ".join(_name(finding.curve) for finding in findings), body)
+    return page(" and ".join(predicted(finding.curve) for finding in findings), body)
 
 
 def activations_page(activations: Activations, heads: Sequence[str] | None = None, *, n: int = 6) -> str:
@@ -109,7 +107,7 @@ def activations_page(activations: Activations, heads: Sequence[str] | None = Non
     ):
         if quantity in activations.values:
             body.append(figure_div(plot_top(top(min(_TOP, n_layers * n_each))), top.__name__))
-    return page(quoted("".join(activations.texts)), body)
+    return page(quoted(activations.prompt), body)
 
 
 # -- sections --------------------------------------------------------------------------------------
@@ -170,7 +168,7 @@ def _comparison(first: Finding, second: Finding, faithfulness: float | int) -> l
     if type(one.circuit.graph) is not type(other.circuit.graph):
         return body
     if one.circuit.graph == other.circuit.graph and (one.circuit | other.circuit).n_edges <= _LEGIBLE:
-        names = [_name(each.curve, 12) for each in (one, other)]
+        names = [predicted(each.curve, 12) for each in (one, other)]
         figure = plot_difference(one.circuit, other.circuit, names=(names[0], names[1]), scores=one.scores)
     else:
         figure = plot_heatmap(one.circuit, minus=other.circuit)
@@ -223,10 +221,8 @@ def _nodes_section(finding: Finding, suffix: str, most: int = 12) -> list[str]:
     columns = ["head or MLP", "edges", "faithfulness without it"]
     if finding.flow is not None:
         columns += ["share of the flow", "most of it", "says"]
-    rows = [
-        [*_node(finding, *row)]
-        for row in finding.nodes.head(most)[["node", "size", "faithfulness"]].itertuples(index=False)
-    ]
+    strongest = finding.nodes.head(most)[["node", "size", "faithfulness"]]
+    rows = [_node(finding, *row) for row in strongest.itertuples(index=False)]
     body.append(table(columns, rows, left=(4, 5)))
     if len(finding.nodes) > most:
         body.append(f'<p class="note">and {len(finding.nodes) - most:,} more</p>')
@@ -246,7 +242,7 @@ def _nodes_section(finding: Finding, suffix: str, most: int = 12) -> list[str]:
 
 def _node(finding: Finding, name: str, size: int, faithfulness: float | int) -> list[str]:
     """What a table says of a head or MLP: of its strongest edge where that leads, and what it says."""
-    row = [name, f"{size:,}", f"{faithfulness + 0.0:.3f}".replace("-0.000", "0.000")]
+    row = [name, f"{size:,}", f"{faithfulness:.3f}".replace("-0.000", "0.000")]
     if finding.flow is None:
         return row
     graph, texts = finding.flow.graph, finding.curve.provenance.texts
@@ -268,12 +264,6 @@ def _question(curve: DensityCurve) -> str:
     task = curve.provenance.named_task
     what = "this prediction" if task is None else f"'{html.escape(visible(task.name))}'"
     return f"How much of the model does {what} need?"
-
-
-def _name(curve: DensityCurve, length: int = 50) -> str:
-    if curve.provenance.named_task is not None:
-        return asked(curve.provenance)
-    return f"{quoted(curve.top_text, 20)} after {quoted(curve.provenance.prompt, length)}"
 
 
 def _prompt(curve: DensityCurve, finding: Finding | None = None) -> str:

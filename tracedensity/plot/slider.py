@@ -77,18 +77,21 @@ def compact(figure: go.Figure) -> go.Figure:
         return figure
     steps = [step.args for step in sliders[0].steps]
     places = [(name, place) for name in "xy" for place in range(len(steps[0][2]))]
-    longest = {key: max((args[0][key[0]][key[1]]["bdata"] for args in steps), key=len) for key in places}
+    decoded = [{key: b64decode(args[0][key[0]][key[1]]["bdata"]) for key in places} for args in steps]
+    longest = {key: max((points[key] for points in decoded), key=len) for key in places}
     counts = []
-    for args in steps:
-        points = {key: b64decode(args[0][key[0]][key[1]]["bdata"]) for key in places}
-        if not all(b64decode(longest[key]).startswith(part) for key, part in points.items()):
+    for args, points in zip(steps, decoded, strict=True):
+        if not all(longest[key].startswith(part) for key, part in points.items()):
             return figure
         counts.append([len(points["x", place]) // 4 for place in range(len(args[2]))])
     made = go.Figure(figure)
     for step, args, count in zip(made.layout.sliders[0].steps, steps, counts, strict=True):
         style = {name: value for name, value in args[0].items() if name not in "xy"}
         step.update(method="skip", args=[{**style, "counts": count}, *args[1:]])
-    whole = [{name: {"bdata": longest[name, place]} for name in "xy"} for place in range(len(steps[0][2]))]
+    whole = [
+        {name: {"bdata": b64encode(longest[name, place]).decode()} for name in "xy"}
+        for place in range(len(steps[0][2]))
+    ]
     return made.update_layout(meta={**made.layout.meta, "whole": whole})
 
 

@@ -58,8 +58,10 @@ WIDTHS = ((0.0, 1.0), (0.05, 1.8), (0.2, 3.2), (0.5, 5.0))
 NARROW = 400
 """Width (px) in which titles and legends fit; labels of many tokens need more, see `finished`."""
 
+TOKEN = 15  # px that a token needs for its name, written upwards
 SLIDER = 84  # px that a slider needs
 TOOLBAR = 28  # px above the title, where plotly's tool bar appears
+_NAMED_TOKENS = 72  # more do not fit beside one another
 _TITLE_LINE, _SUBTITLE_LINE, _LEGEND_LINE = 20, 15, 20  # px
 
 _AXIS = {
@@ -119,6 +121,7 @@ def colour_bar(title: str, **options: Any) -> dict[str, Any]:
         "ticklen": 3,
         "tickcolor": MUTED,
         "xpad": 6,
+        "ypad": 0,
         **options,
     }
 
@@ -244,6 +247,12 @@ def share_ticks(most: int, whole: float | int = 1) -> dict[str, Any]:
         "ticktext": [percent(place) for place in places],
         "tickangle": 0,
     }
+
+
+def named_tokens(n_pos: int) -> tuple[list[int], str]:
+    """Which tokens have a name along an axis, the last one always, and the axis's title."""
+    step = -(-n_pos // _NAMED_TOKENS)
+    return list(range((n_pos - 1) % step, n_pos, step)), "token" if step == 1 else f"token (one in {step} is named)"
 
 
 def require_result(argument: str, given: object, kind: type, example: str) -> None:
