@@ -22,7 +22,7 @@ def build(name: str, device: str) -> Any:
     """A bundled model, or one of GPT-2 small's shape with random weights."""
     if name != RANDOM_GPT2:
         return td.load_model(name, device=device)
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from benchmarks.lens import HookedTransformer, HookedTransformerConfig
 
     cfg = HookedTransformerConfig(
         n_layers=12, d_model=768, n_heads=12, d_head=64, d_mlp=3072, n_ctx=1024, d_vocab=50257,

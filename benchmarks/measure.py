@@ -6,11 +6,15 @@ import platform
 import statistics
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,46 @@ def median_seconds(call: Callable[[], object], budget: float = 5.0, most: int = 
         _wait()
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:] or times)
+
+
+class _Allocations(TorchDispatchMode):
+    """Bytes of all tensors that are made while it is open and not yet gone, and the most there were at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known: dict[int, Any] = {}  # storages, so that none counts twice
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for each in tree_leaves((args, kwargs)):
+            if isinstance(each, torch.Tensor):  # unless it was made here, it was there before
+                self.known.setdefault(each.untyped_storage()._cdata, each.untyped_storage())
+        made = function(*args, **(kwargs or {}))
+        for each in tree_leaves(made):
+            if isinstance(each, torch.Tensor) and each.untyped_storage()._cdata not in self.known:
+                self._add(each.untyped_storage())
+        return made
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+
+        def gone(_: object) -> None:
+            self.known.pop(key, None)
+            self.now -= size
+
+        self.known[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.most = max(self.most, self.now)
+
+
+def allocated_bytes(call: Callable[[], object]) -> int:
+    """Most bytes of tensors that a call makes and has at a time, the same every time, as the process's memory is not.
+
+    What an operation takes for itself and gives back is not seen.
+    """
+    with _Allocations() as allocations:
+        call()
+    return allocations.most
 
 
 def peak_bytes(call: Callable[[], object]) -> int:

@@ -38,7 +38,7 @@ def load(name: str) -> Any:
     config = json.loads((folder / "config.json").read_text())
     if (shape := config.get("hooked_transformer_config")) is None:
         return td.load_model(folder, device="cpu")
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from benchmarks.lens import HookedTransformer, HookedTransformerConfig
 
     model = HookedTransformer(HookedTransformerConfig(**shape, device="cpu"))
     model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)  # it has no mask buffers

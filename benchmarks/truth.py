@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import tracedensity as td
+from benchmarks.lens import HookedTransformer, HookedTransformerConfig, parameters_of
 from tracedensity.estimation import BEST
 
 # layers, heads, tokens, MLPs
@@ -31,7 +31,7 @@ def tiny_model(shape: tuple[int, int, int, bool], norm: str | None, seed: int) -
     model = HookedTransformer(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in parameters_of(model).items():
             fan_in = parameter.shape[-2] if parameter.dim() > 1 else 9
             parameter.copy_(1.5 * torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
             if name.split(".")[-2].startswith("ln") and name.endswith("w"):

@@ -15,11 +15,11 @@ from component_oracle import (
     float64_copy,
     logit_difference,
 )
-from conftest import random_model
+from conftest import hooked_only, random_model
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 import tracedensity as td
+from benchmarks.lens import HookedTransformer
 from tracedensity.graph.component import ComponentGraph
 from tracedensity.model import as_transformer
 from tracedensity.provenance import Provenance
@@ -45,8 +45,20 @@ KINDS: dict[str, dict[str, Any]] = {
     "llama ungrouped with flags": LLAMA,
 }
 FLAGGED = [name for name in KINDS if name.endswith("with flags")]
-every_kind = pytest.mark.parametrize("kind", [name for name in KINDS if name not in FLAGGED])
-main_kinds = pytest.mark.parametrize("kind", ["gpt2", "llama", "llama ungrouped"])
+HOOKED_KINDS = ["parallel", "parallel grouped", *FLAGGED]  # a native bridge has no such blocks, and no such flags
+
+
+def marks_of(kind: str) -> Sequence[pytest.MarkDecorator]:
+    return [hooked_only] if kind in HOOKED_KINDS else []
+
+
+def each_of(kinds: Iterable[str]) -> pytest.MarkDecorator:
+    """A test of each kind that the installed TransformerLens has."""
+    return pytest.mark.parametrize("kind", [pytest.param(kind, marks=marks_of(kind)) for kind in kinds])
+
+
+every_kind = each_of(name for name in KINDS if name not in FLAGGED)
+main_kinds = each_of(["gpt2", "llama", "llama ungrouped"])
 ABLATIONS = ("counterfactual", "zero", "mean", "mean-positional")
 every_ablation = pytest.mark.parametrize("ablation", ABLATIONS)
 METHODS: dict[str, dict[str, Any]] = {

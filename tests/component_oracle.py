@@ -19,13 +19,29 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformer_lens import HookedTransformer
+
+from benchmarks.lens import HAS_HOOKED, HookedTransformer, compute_in_float64, parameters_of
 
 Metric: TypeAlias = Callable[[Tensor], Tensor]  # logits [d_vocab] -> scalar
 Values: TypeAlias = Mapping[str, Tensor]  # one tensor [pos, d_model] for each writer
 Gradients: TypeAlias = dict[str, Tensor]  # one tensor [pos, d_model] for each reader
 Scores: TypeAlias = dict[str, float]  # one number for each edge
 PositionScores: TypeAlias = dict[str, Tensor]  # one tensor [pos] for each edge
+
+# settings of `HookedTransformer` that change what it computes, and that the oracle does not know
+FOREIGN = (
+    "use_normalization_before_and_after",
+    "post_embedding_ln",
+    "num_experts",
+    "clip_qkv",
+    "use_attention_sinks",
+    "use_local_attn",
+    "use_logn_attn",
+    "use_NTK_by_parts_rope",
+    "use_yarn_rope",
+    "use_dynamic_ntk_rope",
+    "rotary_base_local",
+)
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": lambda x: torch.clamp(x, min=0),
@@ -188,29 +204,32 @@ class ComponentOracle:
         assert cfg.positional_embedding_type in ("standard", "rotary") and cfg.attention_dir == "causal"
         assert cfg.normalization_type in ("LN", "LNPre", "RMS", "RMSPre", None)
         assert cfg.attn_only or cfg.act_fn in ACTIVATIONS
-        assert not cfg.use_normalization_before_and_after and not cfg.post_embedding_ln and not cfg.num_experts
-        assert attention.q_norm is None and cfg.clip_qkv is None and not cfg.use_attention_sinks
-        assert not cfg.use_local_attn and not cfg.use_logn_attn
+        assert not any(getattr(cfg, name, None) for name in FOREIGN)
+        assert getattr(attention, "q_norm", None) is None
         assert cfg.attn_scores_soft_cap <= 0 and cfg.output_logits_soft_cap <= 0
-        assert not cfg.use_NTK_by_parts_rope and not cfg.use_yarn_rope and not cfg.use_dynamic_ntk_rope
-        assert cfg.rotary_scaling_factor == 1 and cfg.rotary_base_local is None
+        assert getattr(cfg, "rotary_scaling_factor", 1) == 1
         self.cfg = copy.deepcopy(cfg)
-        self.weights = {name: value.detach().to("cpu", torch.float64) for name, value in model.named_parameters()}
+        self.weights = {name: value.detach().to("cpu", torch.float64) for name, value in parameters_of(model).items()}
         self.weights = {name: value.clone() for name, value in self.weights.items()}
-        self.scales = [float(block.attn.attn_scale) for block in model.blocks]
+        attentions = [block.attn for block in model.blocks]
+        self.scales = [float(each.attn_scale if HAS_HOOKED else each.original_component.scale) for each in attentions]
         self.n_stored = cfg.n_key_value_heads or cfg.n_heads  # key/value heads that have weights
         self.shape = Shape(
             cfg.n_layers,
             cfg.n_heads,
             cfg.n_heads if ungroup else self.n_stored,
             not cfg.attn_only,
-            bool(cfg.parallel_attn_mlp),
+            bool(getattr(cfg, "parallel_attn_mlp", False)),
         )
         self.writers = list_writers(self.shape)
         self.readers = list_readers(self.shape)
         self.edges = list_edges(self.shape)
 
     # .. parts of the model
+
+    def mlp_bias(self, layer: int, name: str) -> Tensor:
+        """Which the gated MLPs of a native bridge have not."""
+        return self.weights.get(f"blocks.{layer}.mlp.{name}", torch.zeros(1, dtype=torch.float64))
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         """Of the module that the weights call by that name: ``blocks.0.ln1`` to ``ln_final``."""
@@ -263,7 +282,7 @@ class ComponentOracle:
         """What W_out multiplies, ``[pos, d_mlp]``."""
         x = self.norm(x, f"blocks.{layer}.ln2")
         prefix = f"blocks.{layer}.mlp."
-        W_in, b_in = self.weights[prefix + "W_in"], self.weights[prefix + "b_in"]
+        W_in, b_in = self.weights[prefix + "W_in"], self.mlp_bias(layer, "b_in")
         activation = ACTIVATIONS[self.cfg.act_fn]
         if self.cfg.gated_mlp:
             return activation(x @ self.weights[prefix + "W_gate"]) * (x @ W_in) + b_in
@@ -330,8 +349,8 @@ class ComponentOracle:
             if self.shape.has_mlp:
                 stream = read(f"m{layer}") if stream is None else stream
                 trace.neurons[layer] = self.neurons(layer, stream)
-                W_out, b_out = self.weights[f"blocks.{layer}.mlp.W_out"], self.weights[f"blocks.{layer}.mlp.b_out"]
-                write(f"m{layer}", trace.neurons[layer] @ W_out + b_out)
+                W_out = self.weights[f"blocks.{layer}.mlp.W_out"]
+                write(f"m{layer}", trace.neurons[layer] @ W_out + self.mlp_bias(layer, "b_out"))
         last = self.norm(read("logits"), "ln_final")[-1]
         trace.logits = last @ self.weights["unembed.W_U"] + self.weights["unembed.b_U"]
         return trace
@@ -530,6 +549,9 @@ def float64_copy(model: HookedTransformer) -> HookedTransformer:
     """A private copy in float64 on the CPU, with rotary angles that were never rounded to float32."""
     model = copy.deepcopy(model).to("cpu", print_details=False).to(torch.float64, print_details=False)
     assert model.cfg.dtype == torch.float64  # to which TransformerLens casts after each norm
+    if not HAS_HOOKED:
+        compute_in_float64(model)
+        return model.eval()
     for block in model.blocks:
         if model.cfg.positional_embedding_type == "rotary":
             sin, cos = block.attn.calculate_sin_cos_rotary(

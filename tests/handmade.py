@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+from benchmarks.lens import HookedTransformer, HookedTransformerConfig
 
 A, B, C, D = range(4)  # the vocabulary
 N_POS = 3

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from handmade import BEFORE, LOGIT, OUT, POS, SCRATCH, TOKEN, A, B, C, D, attend_by_position, blank, move
-from transformer_lens import HookedTransformer
 
 import tracedensity as td
+from benchmarks.lens import HookedTransformer
 
 MATCH = 12.0
 """Attention score of a token that fits. Enough for all but 6e-6 of the attention, so that at the clean prompt there is

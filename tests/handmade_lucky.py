@@ -14,9 +14,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.lens import HookedTransformer, HookedTransformerConfig
 from tracedensity.tasks import WORDS
 
 NAMES = sorted(next(kind for kind in WORDS if "Mary" in kind))

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.lens import parameters_of
+
 Vector: TypeAlias = NDArray[np.float64]
 Node: TypeAlias = tuple[str, int, int]
 Edge: TypeAlias = tuple[str, tuple[int, ...]]
@@ -167,16 +169,20 @@ class Oracle:
         d_mlp = self.cfg.d_mlp if neurons else None
         self.shape = Shape(self.cfg.n_layers, self.cfg.n_heads, len(self.tokens), not self.cfg.attn_only, d_mlp)
         self.weights: dict[str, Vector] = {
-            name: parameter.detach().double().cpu().numpy() for name, parameter in model.named_parameters()
+            name: parameter.detach().double().cpu().numpy() for name, parameter in parameters_of(model).items()
         }
         # OLMo 2 has its norms after the sublayers only, Gemma 2 before and after, all others before.
-        self.only_after = self.cfg.original_architecture == "Olmo2ForCausalLM"
+        self.only_after = getattr(self.cfg, "original_architecture", None) == "Olmo2ForCausalLM"
         self.norm_after = "ln{}" if self.only_after else ""
-        if self.cfg.use_normalization_before_and_after:
+        if getattr(self.cfg, "use_normalization_before_and_after", False):
             self.norm_after = "ln{}_post"
 
     def weight(self, layer: int, name: str) -> Vector:
         return self.weights[f"blocks.{layer}.{name}"]
+
+    def mlp_bias(self, layer: int, name: str) -> Vector:
+        """Which the gated MLPs of a native bridge have not."""
+        return self.weights.get(f"blocks.{layer}.mlp.{name}", np.zeros(1))
 
     # A norm is (x - mean, or x) / scale * w + b; what is frozen to make it linear is the scale.
 
@@ -207,16 +213,17 @@ class Oracle:
         return x + self.weights["pos_embed.W_pos"][pos] if self.cfg.positional_embedding_type == "standard" else x
 
     def rotated(self, x: Vector, pos: int) -> Vector:
-        """Pairs of dimensions (i, i + half) turned by an angle that grows with the position."""
+        """Pairs of dimensions, (i, i + half) or neighbours, turned by an angle that grows with the position."""
         if self.cfg.positional_embedding_type != "rotary":
             return x
         half = self.cfg.rotary_dim // 2
         turned = x.copy()
         for i in range(half):
             angle = pos / self.cfg.rotary_base ** (i / half)
-            a, b = x[i], x[i + half]
-            turned[i] = a * np.cos(angle) - b * np.sin(angle)
-            turned[i + half] = b * np.cos(angle) + a * np.sin(angle)
+            first, second = (2 * i, 2 * i + 1) if self.cfg.rotary_adjacent_pairs else (i, i + half)
+            a, b = x[first], x[second]
+            turned[first] = a * np.cos(angle) - b * np.sin(angle)
+            turned[second] = b * np.cos(angle) + a * np.sin(angle)
         return turned
 
     def projected(self, layer: int, which: str, x: Vector) -> list[Vector]:
@@ -238,6 +245,8 @@ class Oracle:
         """How much a head at `dest` attends to each token up to it."""
         q = self.rotated(queries[head], dest)
         scale = self.cfg.attn_scale if self.cfg.use_attn_scale else 1.0
+        if scale < 0:  # a bridge's word for the usual one
+            scale = self.cfg.d_head**0.5
         scores = np.array([q @ self.rotated(keys[src][head], src) / scale for src in range(dest + 1)])
         if (cap := self.cfg.attn_scores_soft_cap) > 0:
             scores = cap * np.tanh(scores / cap)
@@ -249,14 +258,14 @@ class Oracle:
         if not self.only_after:
             x = self.normed(f"blocks.{layer}.ln2", x)
         act = ACTIVATIONS[self.cfg.act_fn]
-        W_in, b_in = self.weight(layer, "mlp.W_in"), self.weight(layer, "mlp.b_in")
+        W_in, b_in = self.weight(layer, "mlp.W_in"), self.mlp_bias(layer, "b_in")
         if self.cfg.gated_mlp:
             return act(x @ self.weight(layer, "mlp.W_gate")) * (x @ W_in) + b_in
         return act(x @ W_in + b_in)
 
     def mlp(self, layer: int, hidden: Vector) -> Vector:
         """What the MLP adds to the stream, given the activations of its neurons."""
-        out = hidden @ self.weight(layer, "mlp.W_out") + self.weight(layer, "mlp.b_out")
+        out = hidden @ self.weight(layer, "mlp.W_out") + self.mlp_bias(layer, "b_out")
         return self.normed(f"blocks.{layer}." + self.norm_after.format(2), out) if self.norm_after else out
 
     def run(

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+import families
 import pytest
 import torch
-from conftest import random_model
-from transformer_lens import HookedTransformer
+from conftest import hooked_only, n_hooks, random_model
 
 import tracedensity as td
+from benchmarks.lens import HookedTransformer, parameters_of
 from tracedensity.activations import (
     Quantity,
     head_index,
@@ -60,16 +61,14 @@ def close(actual: torch.Tensor, expected: torch.Tensor, rtol: float = 1e-5, atol
 
 def weight(model: HookedTransformer, name: str) -> torch.Tensor:
     """A weight of layer 1; keys and values that heads share have an underscore before their name."""
-    weights = dict(model.blocks[1].named_parameters())
-    return weights[name if name in weights else name.replace(".", "._")]
+    weights = parameters_of(model)
+    return weights[
+        f"blocks.1.{name}" if f"blocks.1.{name}" in weights else f"blocks.1.{name}".replace("attn.", "attn._")
+    ]
 
 
 def some_rows(frame: Any) -> list[Any]:
     return list(frame.sample(10, random_state=0).itertuples())
-
-
-def hook_count(model: HookedTransformer) -> int:
-    return sum(len(point._forward_hooks) + len(point._backward_hooks) for point in model.hook_dict.values())
 
 
 # -- values ------------------------------------------------------------------------------------------
@@ -120,7 +119,7 @@ def test_neurons_and_their_bias_sum_to_what_the_mlp_adds(tiny_model):
     for layer in range(2):
         mlp = tiny_model.blocks[layer].mlp
         each = activations.post[layer][..., None] * mlp.W_out  # [pos, d_mlp, d_model]
-        close(each.sum(1) + mlp.b_out, activations.mlp_out[layer])
+        close(each.sum(1) + (0 if mlp.b_out is None else mlp.b_out), activations.mlp_out[layer])
         close(activations.get("neuron_norm", layer=layer), each.norm(dim=-1))
         close(activations.resid_mid[layer] + activations.mlp_out[layer], activations.resid_post[layer])
 
@@ -141,6 +140,7 @@ def test_a_head_with_zeroed_output_weights_is_what_the_stream_loses(own_model):
     close(norm, (before - after).norm(dim=-1))
 
 
+@hooked_only
 @pytest.mark.parametrize("original", ["Gemma2ForCausalLM", "Olmo2ForCausalLM"])
 def test_a_norm_after_attention_is_linearised(original):
     gemma = original == "Gemma2ForCausalLM"
@@ -397,10 +397,10 @@ def test_the_users_hooks_survive_and_ours_are_gone(own_model):
     seen = []
     own_model.train()
     own_model.add_hook("blocks.0.attn.hook_z", lambda value, hook: seen.append(1))
-    before = hook_count(own_model)
+    before = n_hooks(own_model)
     gradients = [parameter.requires_grad for parameter in own_model.parameters()]
     td.capture(own_model, PROMPT)
-    assert hook_count(own_model) == before == 1 and seen == [1]
+    assert n_hooks(own_model) == before == 1 and seen == [1]
     assert [parameter.requires_grad for parameter in own_model.parameters()] == gradients
     assert own_model.training
 
@@ -413,13 +413,13 @@ def test_no_hook_survives_an_error(own_model, error):
     own_model.add_hook("blocks.1.hook_resid_pre", fail)
     with pytest.raises(error, match="in the middle"):
         td.capture(own_model, PROMPT)
-    assert hook_count(own_model) == 1
+    assert n_hooks(own_model) == 1
     own_model.reset_hooks()
     with torch.no_grad():
         weight(own_model, "attn.W_V").fill_(float("nan"))
     with pytest.raises(ValueError, match="layer 1"):
         td.capture(own_model, PROMPT)
-    assert hook_count(own_model) == 0
+    assert n_hooks(own_model) == 0
 
 
 # -- attention-only models, experts ---------------------------------------------------------------------
@@ -440,8 +440,9 @@ def test_an_attention_only_model_has_all_but_its_mlps():
         activations.mlp("m0")
 
 
-def test_experts_have_no_neurons_to_tell_apart():
-    model = random_model(**LLAMA, num_experts=2, experts_per_token=1)
+@pytest.mark.parametrize("build", [pytest.param(families.hooked, marks=hooked_only), families.bridged])
+def test_experts_have_no_neurons_to_tell_apart(build):
+    model = build("mixtral")
     activations = td.capture(model, PROMPT)
     assert "post" not in activations.values and "mlp_out" in activations.values
     with pytest.raises(ValueError, match="cannot be told apart"):

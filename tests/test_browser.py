@@ -284,7 +284,7 @@ class TestReports:
         assert re.search(r"The tokens that its information comes from[^:]*: ' \w+' \(0\.\d\d\)", text)
         for section in (
             "next token", "How faithful a circuit of each size is", "The circuit", "What circuits are made of",
-            "Which heads and neurons", "Provenance", "transformer-lens 3.", "seed 0",
+            "Which heads and neurons", "Provenance", "transformer-lens ", "seed 0",
         ):  # fmt: skip
             assert section in text
         assert page.evaluate(DRAWN) == size

@@ -14,9 +14,9 @@ from typing import Any, get_args
 import pytest
 import torch
 import typer
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import tracedensity as td
+from benchmarks.lens import HookedTransformer, HookedTransformerConfig
 from tracedensity.choices import FaithfulnessMetric, Metric
 from tracedensity.cli import app, main
 from tracedensity.faithfulness import faithfulness

@@ -15,6 +15,7 @@ from component_cases import (
     attributed,
     cases,
     circuits_of,
+    each_of,
     every_ablation,
     every_kind,
     graph_of,
@@ -81,7 +82,7 @@ def assert_circuits_are_right(
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@each_of(KINDS)
 @every_ablation
 def test_circuits_are_run_as_the_oracle_runs_them(kind: str, ablation: str):
     graph = graph_of(kind)
@@ -100,7 +101,7 @@ def test_circuits_of_a_float32_model_are_nearly_those_of_the_oracle(kind: str):
     assert_circuits_are_right(kind, UNEQUAL, graph, "mean", random_masks(graph), torch.float32)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "llama ungrouped", "parallel", "attention only"])
+@each_of(["gpt2", "llama", "llama ungrouped", "parallel", "attention only"])
 @every_ablation
 def test_circuits_of_positions_are_run_as_the_oracle_runs_them(kind: str, ablation: str):
     graph = graph_of(kind, n_pos=4)
@@ -336,7 +337,7 @@ def test_a_circuit_is_verified_on_the_task_it_was_found_on(kind: str, metric: st
     circuit.save(tmp_path / "circuit")
     assert td.load(tmp_path / "circuit").verify(model).faithfulness == pytest.approx(circuit.faithfulness, abs=1e-5)
     with pytest.raises(ValueError, match="makes another model"):
-        circuit.verify(model_of("parallel"))
+        circuit.verify(model_of("no norm"))
 
 
 def test_a_circuit_of_a_single_prompt_is_verified():

@@ -27,9 +27,9 @@ from component_cases import (
 )
 from test_left_as_it_was import state
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 import tracedensity as td
+from benchmarks.lens import HAS_HOOKED, HookedTransformer, parameters_of
 from tracedensity.model import as_transformer
 
 pytestmark = pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated")
@@ -64,6 +64,7 @@ WORK: dict[str, Callable[..., object]] = {
 def fresh_llama() -> HookedTransformer:
     model = copy.deepcopy(model_of("llama"))
     next(iter(model.parameters())).requires_grad_(False)
+    model(torch.tensor([PROMPT]))  # in whose first run a bridge sets hooks of its own
     return model
 
 
@@ -213,7 +214,7 @@ def test_hooks_of_the_user_act_on_what_heads_make_of_their_inputs_in_a_circuit(l
 def test_hooks_where_circuits_do_not_pass_are_refused(hook_point: str):
     model = copy.deepcopy(model_of("gpt2"))
     model.hook_dict[f"blocks.1.{hook_point}"].add_hook(lambda value, hook: value)
-    with pytest.raises(ValueError, match=f"`model` must have no hook of yours at blocks.1.{hook_point}"):
+    with pytest.raises(ValueError, match=rf"`model` must have no hook of yours at blocks\.1\.(attn\.)?{hook_point}"):
         td.attribute(model, UNEQUAL, graph="component")
     td.attribute(model, UNEQUAL.clean[0])
 
@@ -234,8 +235,9 @@ def test_hooks_on_what_heads_share_are_refused_where_they_share_nothing(name: st
         ValueError, match=f"`model` must have no hook of yours at blocks.1.attn.{name} where query heads"
     ):
         td.attribute(model, UNEQUAL, graph="component", ungroup=True)
-    model.set_ungroup_grouped_query_attention(True)
-    td.attribute(model, UNEQUAL, graph="component", ungroup=True)
+    if HAS_HOOKED:
+        model.set_ungroup_grouped_query_attention(True)
+        td.attribute(model, UNEQUAL, graph="component", ungroup=True)
 
 
 def test_a_token_that_is_zero_by_itself_is_no_cause_for_a_warning():
@@ -253,7 +255,7 @@ def test_hooks_of_the_user_see_every_run(steered):
 
 
 def test_a_rounded_model_has_nearly_the_scores_of_the_model():
-    for kind in ("gpt2", "llama", "parallel"):
+    for kind in ("gpt2", "llama", *(("parallel",) if HAS_HOOKED else ())):
         rounded = copy.deepcopy(model_of(kind)).to(torch.bfloat16)
         for method in ("eap", "eap-ig", "clean-corrupted", "eap-ig-activations", "relp", "magnitude"):
             options = {**options_of(kind), **METHODS.get(method, {}), "method": method}
@@ -614,7 +616,7 @@ def test_circuits_that_cannot_be_run_are_refused():
         with pytest.raises(ValueError, match="`graph` must have whole MLPs as writers to be run, got one of neurons"):
             td.evaluate(model, UNEQUAL, circuit)
     with pytest.raises(ValueError, match="`ranking_or_circuit` must belong to this model and prompt"):
-        td.evaluate(model, UNEQUAL, attributed("parallel", "eap", UNEQUAL).rank())
+        td.evaluate(model, UNEQUAL, attributed("llama", "eap", UNEQUAL).rank())
     positions = attributed("gpt2", "eap", EQUAL, positions=True, ablation="zero").rank()
     with pytest.raises(ValueError, match="`ranking_or_circuit` must belong to this model and prompt"):
         td.evaluate(model, [1, 2, 3], positions)
@@ -654,7 +656,7 @@ def test_bad_densities_are_refused_with_a_sentence(options: dict[str, Any], sent
 def test_weights_that_are_not_finite_are_named(weight: str):
     model = copy.deepcopy(model_of("gpt2"))
     with torch.no_grad():
-        dict(model.named_parameters())[weight].view(-1)[3] = torch.nan
+        parameters_of(model)[weight][..., 3] = torch.nan
     where = f"{weight[9:]} of layer {weight[7]}" if weight.startswith("blocks") else weight
     for call in (td.attribute, td.density):
         with pytest.raises(ValueError, match=f"must have finite weights, got NaN or infinite in {where}"):

@@ -12,9 +12,9 @@ from component_oracle import ComponentOracle, ends, logit_difference
 from handmade import A, B, C, D
 from handmade_components import BOTH_ON_CIRCUITS, BOTH_ON_TASK, DEAD_BRANCH
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 import tracedensity as td
+from benchmarks.lens import HookedTransformer
 
 pytestmark = pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated")
 

@@ -19,7 +19,7 @@ from component_oracle import (
     prune,
     writers_into,
 )
-from conftest import random_model
+from conftest import hooked_only, random_model
 from torch import Tensor
 
 ROTARY: dict[str, Any] = {"positional_embedding_type": "rotary", "rotary_dim": 4}
@@ -38,7 +38,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "attention only": {"attn_only": True, "normalization_type": "LN"},
     "scaled by layer": {"act_fn": "relu", "normalization_type": "LN", "scale_attn_by_inverse_layer_idx": True},
 }
-every_kind = pytest.mark.parametrize("kind", KINDS)
+HOOKED_KINDS = ("parallel", "parallel grouped", "scaled by layer")  # none of which a native bridge has
+every_kind = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=hooked_only if kind in HOOKED_KINDS else ()) for kind in KINDS]
+)
 CLEAN, CORRUPTED = torch.tensor([3, 14, 15, 9, 2, 6]), torch.tensor([3, 5, 15, 8, 9, 7])
 METRIC = log_probability(11)
 
@@ -185,6 +188,7 @@ def test_means_are_over_prompts_and_positions():
 # -- scores ------------------------------------------------------------------------------------------
 
 
+@hooked_only
 @pytest.mark.parametrize(
     ("kind", "ungroup"), [("gpt2", False), ("llama", False), ("llama", True), ("parallel grouped", True)]
 )
@@ -230,7 +234,7 @@ def test_scores_into_a_reader_sum_to_the_change_of_its_input(kind: str):
         close(sum(scores[edge_name(writer, reader)] for writer in writers_into(oracle.shape, reader)), expected)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "parallel"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", pytest.param("parallel", marks=hooked_only)])
 def test_a_tiny_change_of_one_edge_is_its_score(kind: str):
     oracle = oracle_of(kind)
     clean, corrupted = oracle.run(CLEAN)[1], oracle.corrupted_values(CORRUPTED)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from scipy.stats import spearmanr
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import tracedensity as td
+from benchmarks.lens import HookedTransformer, HookedTransformerConfig, parameters_of
 from tracedensity.graph import flatten, pruned
 from tracedensity.graph.circuit import Circuit
 from tracedensity.model import as_transformer
@@ -63,8 +63,11 @@ def random_gpt2():
     folder = SHARED / "models" / "random-gpt2-4l"
     config = json.loads((folder / "config.json").read_text())["hooked_transformer_config"]
     model = HookedTransformer(HookedTransformerConfig(**config))
-    model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
-    return model
+    weights = load_file(folder / "model.safetensors")
+    with torch.no_grad():
+        for name, parameter in parameters_of(model).items():
+            parameter.copy_(weights[name])
+    return model.eval()
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -5,6 +5,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -25,9 +26,11 @@ from component_cases import (
     by_name,
     cases,
     circuits_of,
+    each_of,
     every_kind,
     graph_of,
     main_kinds,
+    marks_of,
     mean_of,
     model_of,
     no_stream,
@@ -48,11 +51,11 @@ from component_oracle import (
     log_probability,
     writers_into,
 )
-from conftest import random_model
+from conftest import hooked_only, random_model
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 import tracedensity as td
+from benchmarks.lens import HookedTransformer, parameters_of
 from tracedensity.model import as_transformer
 from tracedensity.setting import component_setting
 
@@ -65,9 +68,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated"
 @pytest.mark.parametrize(
     ("kind", "method"),
     [
-        *((kind, method) for kind in KINDS for method in ("eap", "eap-ig", "clean-corrupted", "flow", "magnitude")),
-        *((kind, "exact") for kind in ("gpt2", "gpt2 folded", "llama ungrouped", "parallel grouped", "attention only")),
-        *((kind, "eap-ig-activations") for kind in KINDS if kind not in FLAGGED),
+        pytest.param(kind, method, marks=marks_of(kind))
+        for kind, method in [
+            *product(KINDS, ("eap", "eap-ig", "clean-corrupted", "flow", "magnitude")),
+            *product(("gpt2", "gpt2 folded", "llama ungrouped", "parallel grouped", "attention only"), ("exact",)),
+            *product([kind for kind in KINDS if kind not in FLAGGED], ("eap-ig-activations",)),
+        ]
     ],
 )
 def test_scores_are_those_of_the_oracle(kind: str, method: str):
@@ -153,7 +159,8 @@ def patched_by_flags(model: HookedTransformer, scores: td.Scores, ungroup: bool)
     return {edge: sum(values) / len(values) for edge, values in found.items()}
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "gpt2 folded", "llama", "llama ungrouped", "parallel", "gpt2 with flags"])
+@hooked_only  # whose flags give every head inputs of its own
+@each_of(["gpt2", "gpt2 folded", "llama", "llama ungrouped", "parallel", "gpt2 with flags"])
 def test_attention_is_computed_anew_for_edges_into_queries_and_keys(kind: str):
     scores, eap = attributed(kind, "eap-qk", UNEQUAL), by_name(attributed(kind, "eap", UNEQUAL))
     expected = patched_by_flags(model_of(kind.removesuffix(" with flags"), torch.float64), scores, "ungrouped" in kind)
@@ -194,6 +201,7 @@ def test_one_step_is_the_first_of_the_oracle(kind: str, method: str):
     assert_close(by_name(attributed(kind, method, UNEQUAL)), truth(kind, method, "counterfactual"))
 
 
+@hooked_only
 @pytest.mark.parametrize("flag", ["attn_result", "split_qkv_input", "hook_mlp_in", "ungroup_grouped_query_attention"])
 @pytest.mark.parametrize("ungroup", [False, True])
 def test_no_single_flag_of_the_user_changes_a_score_or_a_circuit(flag: str, ungroup: bool):
@@ -314,7 +322,7 @@ def test_a_metric_that_gives_one_number_is_taken_row_by_row():
 
 
 @no_stream
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "llama ungrouped", "parallel", "attention only"])
+@each_of(["gpt2", "llama", "llama ungrouped", "parallel", "attention only"])
 @pytest.mark.parametrize("method", GRADIENTS)
 def test_scores_of_positions_are_those_of_the_oracle(kind: str, method: str):
     oracle = oracle_of(kind)
@@ -378,7 +386,7 @@ def test_flow_by_position_is_a_share_at_each_token(kind: str):
     assert_close(found, {edge: expected[edge] for edge in found})
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "llama ungrouped", "parallel grouped", "relu, three layers"])
+@each_of(["gpt2", "llama", "llama ungrouped", "parallel grouped", "relu, three layers"])
 def test_scores_of_neurons_are_those_of_the_oracle(kind: str):
     oracle = oracle_of(kind)
     found = by_name(attributed(kind, "eap", UNEQUAL, neurons=True))
@@ -486,10 +494,10 @@ def test_relevance_of_what_enters_a_norm_is_conserved(kind: str):
     """
     model = copy.deepcopy(model_of(kind, torch.float64))
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in parameters_of(model).items():
             if ".b" in name:
                 parameter.zero_()
-        if "pos_embed.W_pos" in dict(model.named_parameters()):
+        if "pos_embed.W_pos" in parameters_of(model):
             model.pos_embed.W_pos.zero_()
     scores = by_name(td.attribute(model, UNEQUAL, method="relp", ablation="zero", **options_of(kind)))
     into = sum(score for edge, score in scores.items() if ends(edge)[1] == "m1")

@@ -42,7 +42,7 @@ def test_pictures_of_the_readme_say_what_the_model_says():
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs_as_a_notebook(path):
     notebook = jupytext.read(path)
-    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    NotebookClient(notebook, timeout=900, kernel_name="python3").execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     nbformat.validate(notebook)
     assert any("application/vnd.plotly.v1+json" in output.get("data", {}) for output in outputs)

@@ -94,7 +94,7 @@ def test_minimality_is_what_running_without_each_edge_says(circuit, tiny_llama):
     without["edge"] = without["edge"].clone()
     without["edge"][small.graph.edge_index(name)[1]] = False
     alone = Circuit(small.graph, without, small.provenance, ablation="counterfactual", metric="logit_diff")
-    assert alone.verify(tiny_llama).faithfulness == pytest.approx(table["faithfulness"][3], abs=1e-5)
+    assert alone.verify(tiny_llama).faithfulness == pytest.approx(table["faithfulness"][3], abs=1e-4)
     whole = small.verify(tiny_llama).faithfulness
     assert table["loss"][3] == pytest.approx(whole - table["faithfulness"][3], abs=1e-5)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tracedensity as td
+from benchmarks.lens import HAS_HOOKED
 from tracedensity.graph import flatten
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -20,7 +21,10 @@ ALL_OFF = {
 
 def processed(model, **options):
     folded = copy.deepcopy(model)
-    folded.load_and_process_state_dict(folded.state_dict(), **{**ALL_OFF, **options})
+    if HAS_HOOKED:
+        folded.load_and_process_state_dict(folded.state_dict(), **{**ALL_OFF, **options})
+    else:
+        folded.process_weights(**{**ALL_OFF, **options})
     return folded
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from handmade import COPY_CIRCUIT, COPY_PROMPT, INDUCTION_CIRCUIT, INDUCTION_PROMPT, A, B, C
 from oracle import Edge, Oracle
-from transformer_lens import HookedTransformer
 
 import tracedensity as td
+from benchmarks.lens import HookedTransformer
 from tracedensity.graph.token import TokenGraph
 
 pytestmark = pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated")

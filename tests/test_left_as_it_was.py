@@ -2,12 +2,28 @@
 
 import copy
 
+import families
 import pytest
 import torch
+from conftest import hooked_only
 
 import tracedensity as td
+from benchmarks.lens import HAS_HOOKED, parameters_of
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
+
+
+FLAGS = ["use_attn_result", "use_split_qkv_input", "use_hook_mlp_in"]
+each_flag = pytest.mark.parametrize(
+    ("build", "flag"),
+    [
+        *((families.bridged, flag) for flag in FLAGS),
+        *(
+            pytest.param(families.hooked, flag, marks=hooked_only)
+            for flag in (*FLAGS, "ungroup_grouped_query_attention")
+        ),
+    ],
+)
 
 
 def fail_after(monkeypatch, model, n_passes, error):
@@ -67,10 +83,14 @@ def test_nothing_changes(work, training, tiny_llama):
     tiny_llama.eval()
 
 
+@pytest.mark.parametrize("checked", [False, True])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("work", WORK)
-def test_no_hook_survives_an_error(work, error, tiny_gpt2, monkeypatch):
-    """The error comes from the middle of a forward pass, at each of the passes in turn."""
+def test_no_hook_survives_an_error(work, error, checked, tiny_gpt2, monkeypatch):
+    """The error comes from the middle of a forward pass, at each of the passes in turn: of the check, of the work."""
+    tiny_gpt2 = copy.deepcopy(tiny_gpt2)
+    if checked:
+        td.check_model(tiny_gpt2)
     block = tiny_gpt2.blocks[1].mlp
     forward, calls = type(block).forward, {"left": 0}
 
@@ -89,6 +109,8 @@ def test_no_hook_survives_an_error(work, error, tiny_gpt2, monkeypatch):
             WORK[work](tiny_gpt2)
         except error:
             pass
+        except ValueError:
+            assert not checked  # the check has words of its own
         else:
             assert n_passes > 0
         assert state(tiny_gpt2) == before
@@ -120,7 +142,7 @@ def test_hooks_of_the_user_survive_and_act(tiny_gpt2):
 )
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_name_the_layer(weight, sentence, bad, tiny_gpt2):
-    parameter = dict(tiny_gpt2.named_parameters())[weight]
+    parameter = parameters_of(tiny_gpt2)[weight]
     kept = parameter.detach().clone()
     with torch.no_grad():
         parameter[:] = bad
@@ -140,8 +162,9 @@ def test_attention_that_overflows_is_no_silent_zero(tiny_model):
     """Queries and keys are finite and their product is not: TransformerLens makes zeros of such a pattern."""
     model = copy.deepcopy(tiny_model)
     with torch.no_grad():
-        model.blocks[1].attn.W_Q *= 1e20
-        (model.blocks[1].attn._W_K if hasattr(model.blocks[1].attn, "_W_K") else model.blocks[1].attn.W_K).mul_(1e20)
+        for name, weight in parameters_of(model).items():
+            if name.startswith("blocks.1.attn.") and name.endswith(("W_Q", "W_K")):
+                weight.mul_(1e20)
     for call in (td.attribute, td.density, td.capture):
         with pytest.raises(ValueError, match="NaN or infinite in the attention scores of layer 1"):
             call(model, PROMPT)
@@ -165,17 +188,14 @@ def test_what_hooks_of_the_user_add_stays_in_every_circuit(tiny_gpt2, hook_point
         tiny_gpt2.reset_hooks()
 
 
-@pytest.mark.parametrize("flag", ["attn_result", "split_qkv_input", "hook_mlp_in", "ungroup_grouped_query_attention"])
-def test_flags_of_the_user_change_no_number(tiny_llama, flag):
-    plain = td.density(tiny_llama, PROMPT, baselines=False).to_dict()
-    name = f"set_{flag}" if flag.startswith("ungroup") else f"set_use_{flag}"
-    getattr(tiny_llama, name)(True)
-    try:
-        flagged = td.density(tiny_llama, PROMPT, baselines=False).to_dict()
-        assert flagged["minimal_size"].keys() == plain["minimal_size"].keys()
-        assert flagged["auc"] == pytest.approx(plain["auc"], abs=1e-4)
-    finally:
-        getattr(tiny_llama, name)(False)
+@each_flag
+def test_flags_of_the_user_change_no_number(build, flag):
+    model = build("llama3")
+    plain = td.density(model, PROMPT, baselines=False).to_dict()
+    getattr(model, f"set_{flag}")(True)
+    flagged = td.density(model, PROMPT, baselines=False).to_dict()
+    assert flagged["minimal_size"].keys() == plain["minimal_size"].keys()
+    assert flagged["auc"] == pytest.approx(plain["auc"], abs=1e-4)
 
 
 def test_any_edit_makes_another_model(tiny_gpt2):
@@ -185,8 +205,22 @@ def test_any_edit_makes_another_model(tiny_gpt2):
     edited = copy.deepcopy(tiny_gpt2)
     edited.blocks[0].mlp.W_out.data[3] = 0
     rounded = copy.deepcopy(tiny_gpt2).to(torch.bfloat16)
-    other_scale = copy.deepcopy(tiny_gpt2)
-    other_scale.cfg.attn_scale = 1.0
-    for model in (edited, rounded, other_scale):
+    capped = copy.deepcopy(tiny_gpt2)
+    capped.cfg.output_logits_soft_cap = 5.0
+    if not HAS_HOOKED:  # a native bridge reads it once
+        capped.original_model.output_logits_soft_cap = 5.0
+    for model in (edited, rounded, capped):
         with pytest.raises(ValueError, match="makes another model"):
             circuit.verify(model)
+
+
+@pytest.mark.parametrize("method", ["flow", "eap"])
+def test_a_bridge_keeps_nothing_of_our_runs(method):
+    """Where queries, keys and values are one projection, it keeps its last pattern, and with it all that led there."""
+    model = families.bridged("gpt2")
+    attention = model.blocks[0].attn
+    model(torch.tensor([PROMPT]))
+    before = attention._pattern
+    assert before is not None
+    td.attribute(model, PROMPT, method=method)
+    assert attention._pattern is before

@@ -10,9 +10,18 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import STORIES
+from conftest import STORIES, hooked_only
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    T5Config,
+)
 from transformers import logging as hugging_face_logging
 
 import tracedensity as td
@@ -51,11 +60,26 @@ def folder(request, tmp_path_factory):
         for name, parameter in model.named_parameters():
             if "bias" in name:
                 torch.nn.init.normal_(parameter, std=0.2)
+    return save(model.half(), path)
+
+
+def save(model, path):
+    """The folder, with the model and the shared tokenizer in it."""
     hugging_face_logging.disable_progress_bar()
-    model.half().save_pretrained(path)
+    model.save_pretrained(path)
     hugging_face_logging.enable_progress_bar()
-    shutil.copytree(TOKENIZER, path, dirs_exist_ok=True)
-    return path
+    return shutil.copytree(TOKENIZER, path, dirs_exist_ok=True)
+
+
+def in_cache(name, folder, cache, monkeypatch):
+    """A copy of the folder where a model of that name would lie that the Hub was asked for."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    repository = cache / f"models--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    return shutil.copytree(folder, repository / "snapshots" / "abc")
 
 
 @pytest.fixture
@@ -151,10 +175,13 @@ def test_a_tilde_is_the_home_folder(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("folder", ["gemma-like"], indirect=True)  # learned positions are all kept
-def test_a_long_context_is_limited_where_positions_allow_it(broken):
+@pytest.mark.parametrize(
+    ("backend", "n_ctx"), [pytest.param("hooked", loading.LONGEST_CONTEXT, marks=hooked_only), ("bridge", 131_072)]
+)
+def test_a_long_context_is_limited_where_positions_allow_it_and_memory_asks_for_it(broken, backend, n_ctx):
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 131_072}))
-    assert td.load_model(broken).cfg.n_ctx == loading.LONGEST_CONTEXT
+    assert td.load_model(broken, backend=backend).cfg.n_ctx == n_ctx
 
 
 def cut_short(path):
@@ -210,9 +237,11 @@ def test_a_file_in_place_of_a_folder_is_refused(folder):
         td.load_model(folder / "config.json")
 
 
-def test_a_conversion_that_loses_weights_is_refused(folder, monkeypatch):
+@pytest.mark.parametrize("backend", [pytest.param("hooked", marks=hooked_only), "bridge"])
+def test_a_conversion_that_loses_weights_is_refused(folder, backend, monkeypatch):
     """As TransformerLens would do with a bias that it does not know of."""
-    converted = loading._converted
+    name = {"hooked": "_converted", "bridge": "_bridged"}[backend]
+    converted = getattr(loading, name)
 
     def lossy(*arguments):
         model = converted(*arguments)
@@ -220,11 +249,14 @@ def test_a_conversion_that_loses_weights_is_refused(folder, monkeypatch):
             model.blocks[0].mlp.W_out.zero_()
         return model
 
-    monkeypatch.setattr(loading, "_converted", lossy)
+    monkeypatch.setattr(loading, name, lossy)
     with pytest.raises(ValueError, match="whose logits come out different by"):
-        td.load_model(folder)
+        td.load_model(folder, backend=backend)
+    if backend == "hooked":
+        assert type(td.load_model(folder)).__name__ == "TransformerBridge"  # which loses nothing
 
 
+@hooked_only
 @pytest.mark.parametrize("folder", ["a-bert-and-llama"], indirect=True)  # which is a GPT-2
 def test_an_architecture_that_transformerlens_lacks_is_refused(broken):
     """GPT-2 with an MLP that is not four times as wide, for one."""
@@ -233,7 +265,8 @@ def test_an_architecture_that_transformerlens_lacks_is_refused(broken):
     AutoModelForCausalLM.from_config(GPT2Config(**{**config, "n_inner": 50})).save_pretrained(broken)
     hugging_face_logging.enable_progress_bar()
     with pytest.raises(ValueError, match=r"architecture that TransformerLens can convert, .* GPT2LMHeadModel"):
-        td.load_model(broken)
+        td.load_model(broken, backend="hooked")
+    assert type(td.load_model(broken)).__name__ == "TransformerBridge"
 
 
 # -- real models -------------------------------------------------------------------------------------
@@ -311,8 +344,26 @@ def test_a_slip_of_the_pen_is_pointed_out():
         td.load_model("gpt2-smal")
 
 
-@pytest.mark.parametrize("name", ["bert-base-cased", "t5-small"])
-def test_a_model_that_is_no_decoder_is_refused(name):
+OTHERS = {
+    "google-bert/bert-base-cased": (
+        AutoModelForMaskedLM,
+        BertConfig(vocab_size=4096, hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12),
+    ),
+    "google-t5/t5-small": (
+        AutoModelForSeq2SeqLM,
+        T5Config(vocab_size=4096, d_model=12, d_kv=4, d_ff=12, num_layers=1, num_heads=2),
+    ),
+}
+
+
+@pytest.mark.parametrize("repository", OTHERS)
+def test_a_model_that_is_no_decoder_is_refused(repository, tmp_path, monkeypatch):
+    """As it lies in the cache of the Hub, which some versions would else ask first."""
+    kind, config = OTHERS[repository]
+    name = repository.split("/")[1]
+    made = save(kind.from_config(config), tmp_path / "made")
+    for each in (name, repository):  # TransformerLens 3.9 has the one, 4 the other
+        in_cache(each, made, tmp_path, monkeypatch)
     with pytest.raises(ValueError, match=f"must be a decoder that TransformerLens can load, got '{name}'"):
         td.load_model(name)
 
@@ -341,15 +392,9 @@ def test_an_unreachable_hub_is_an_error_within_seconds(no_cache, monkeypatch):
 
 @pytest.mark.parametrize("folder", ["a-bert-and-llama"], indirect=True)  # what lies in the cache is a GPT-2
 def test_a_cached_model_loads_without_the_hub(folder, tmp_path, monkeypatch):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    repository = tmp_path / "models--gpt2"
-    shutil.copytree(folder, repository / "snapshots" / "abc")
     config = json.loads((folder / "config.json").read_text())
-    (repository / "snapshots" / "abc" / "config.json").write_text(json.dumps({**config, "n_ctx": 40}))
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("abc")
+    held = in_cache("gpt2", folder, tmp_path, monkeypatch)
+    (held / "config.json").write_text(json.dumps({**config, "n_ctx": 40}))
     model = td.load_model("gpt2-small")
     assert model.cfg.model_name == "gpt2"
     assert not model.training
@@ -379,7 +424,7 @@ def test_a_loaded_model_is_not_moved_behind_its_owners_back(tiny_gpt2):
 
 @pytest.mark.parametrize("thing", [None, 3, torch.nn.Linear(1, 1)])
 def test_another_object_is_refused(thing):
-    with pytest.raises(ValueError, match=f"a folder or a HookedTransformer, got {type(thing).__name__}"):
+    with pytest.raises(ValueError, match=f"a HookedTransformer or a TransformerBridge, got {type(thing).__name__}"):
         td.load_model(thing)
 
 

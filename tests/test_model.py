@@ -2,10 +2,13 @@
 
 import copy
 
+import families
 import pytest
 import torch
+from conftest import embedded, hooked_only, n_hooks
 
 import tracedensity as td
+from benchmarks.lens import HAS_HOOKED
 from tracedensity.model import as_transformer, require_finite
 
 PROMPT = [3, 1, 4, 1, 5]
@@ -14,10 +17,6 @@ PROMPT = [3, 1, 4, 1, 5]
 @pytest.fixture(name="transformer")
 def view(tiny_model):
     return as_transformer(tiny_model)
-
-
-def n_hooks(model):
-    return sum(len(point._forward_hooks) + len(point._backward_hooks) for point in model.hook_dict.values())
 
 
 # -- prompts -----------------------------------------------------------------------------------------
@@ -80,12 +79,11 @@ def test_logits_without_edits_are_the_models_own(tiny_model, transformer):
 def by_hand(model, tokens, skip):
     """The residual stream summed outside the model's blocks, `skip` edits the skip connections."""
     with torch.no_grad():
-        stream = model.embed(tokens)
-        if hasattr(model, "pos_embed"):
-            stream = stream + model.pos_embed(tokens)
+        stream = embedded(model, tokens)
         for layer, block in enumerate(model.blocks):
             normed = block.ln1(stream)
-            stream = skip("skip_attn", layer)(stream) + block.attn(normed, normed, normed)
+            attended = block.attn(normed, normed, normed) if HAS_HOOKED else block.attn(normed)[0]
+            stream = skip("skip_attn", layer)(stream) + attended
             stream = skip("skip_mlp", layer)(stream) + block.mlp(block.ln2(stream))
         return model.unembed(model.ln_final(stream))[:, -1]
 
@@ -107,8 +105,7 @@ def test_an_edit_reaches_what_it_names(tiny_model, transformer):
     tokens = torch.tensor([PROMPT])
     edits = {(name, layer): torch.zeros_like for name in ("attn_out", "mlp_out") for layer in range(2)}
     with torch.no_grad():
-        stream = tiny_model.embed(tokens) + (tiny_model.pos_embed(tokens) if hasattr(tiny_model, "pos_embed") else 0)
-        expected = tiny_model.unembed(tiny_model.ln_final(stream))[:, -1]
+        expected = tiny_model.unembed(tiny_model.ln_final(embedded(tiny_model, tokens)))[:, -1]
     torch.testing.assert_close(transformer.logits(tokens, edits), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -167,7 +164,8 @@ def test_heads_and_neurons_write_what_the_model_adds(tiny_model, transformer):
         z = cache[f"blocks.{layer}.attn.hook_z"]
         out = torch.einsum("bphd,hdm->bpm", z, transformer.W_O(layer)) + block.attn.b_O
         torch.testing.assert_close(out, cache[f"blocks.{layer}.hook_attn_out"])
-        out = cache[f"blocks.{layer}.mlp.hook_post"] @ transformer.W_out(layer) + block.mlp.b_out
+        out = cache[f"blocks.{layer}.mlp.hook_post"] @ transformer.W_out(layer)
+        out = out if block.mlp.b_out is None else out + block.mlp.b_out
         torch.testing.assert_close(out, cache[f"blocks.{layer}.hook_mlp_out"])
 
 
@@ -190,13 +188,13 @@ def test_the_fingerprint_tells_weights_apart(tiny_model, transformer):
 # -- what is accepted --------------------------------------------------------------------------------
 
 
-class TransformerBridge:
+class Lookalike:
     """Looks like a HookedTransformer from afar."""
 
     cfg = blocks = hooks = tokenizer = None
 
 
-@pytest.mark.parametrize("model", [3, None, torch.nn.Linear(1, 1), TransformerBridge()])
+@pytest.mark.parametrize("model", [3, None, torch.nn.Linear(1, 1), Lookalike()])
 def test_what_is_no_hooked_transformer_is_refused(model):
     with pytest.raises(ValueError, match=f"must be a HookedTransformer .* got {type(model).__name__}"):
         as_transformer(model)
@@ -213,9 +211,9 @@ def test_other_architectures_are_refused(tiny_gpt2):
         as_transformer(other)
 
 
-def test_parallel_blocks_are_refused_but_by_the_component_graph(tiny_gpt2):
-    other = copy.deepcopy(tiny_gpt2)
-    other.cfg.parallel_attn_mlp = True
+@pytest.mark.parametrize("build", [pytest.param(families.hooked, marks=hooked_only), families.bridged])
+def test_parallel_blocks_are_refused_but_by_the_component_graph(build):
+    other = build("pythia")
     for work in (td.attribute, td.density, td.capture):
         with pytest.raises(ValueError, match="`model` must have its MLP after attention"):
             work(other, [1, 2])

@@ -9,12 +9,13 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from conftest import hooked_only
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Edge, Oracle, Shape
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import tracedensity as td
+from benchmarks.lens import HAS_HOOKED, HookedTransformer, HookedTransformerConfig, parameters_of
 from tracedensity.choices import Attention, Method
 from tracedensity.graph import Graph, flatten, unflatten
 from tracedensity.graph.circuit import Circuit
@@ -25,7 +26,10 @@ from tracedensity.run import Conditions, run_circuits, run_family
 from tracedensity.score.baseline import arrival_scores
 from tracedensity.setting import token_setting
 
-pytestmark = pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated"),
+    pytest.mark.usefixtures("unexamined"),
+]
 
 LLAMA: dict[str, Any] = {
     "act_fn": "silu",
@@ -58,6 +62,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "use_normalization_before_and_after": True,
     },
 }
+HOOKED_KINDS = {"gemma2", "olmo2", "attention only, norm after"}  # a native bridge has no norms after sublayers
 CONTRIBUTION_METHODS: tuple[Method, ...] = ("norm", "norm-l2", "norm-ratio", "flow", "flow-shifted", "cosine")
 CONDITIONS = [
     Conditions(inverse, keep_residual, attention)
@@ -68,7 +73,15 @@ CONDITIONS = [
 few = settings(max_examples=15, deadline=None, derandomize=True, database=None)
 fewer = settings(few, max_examples=7)
 fewest = settings(few, max_examples=4)
-each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def each_of(kinds: Iterable[str]) -> pytest.MarkDecorator:
+    """A test of each kind that the installed TransformerLens has."""
+    marks = {kind: hooked_only if kind in HOOKED_KINDS else () for kind in kinds}
+    return pytest.mark.parametrize("kind", [pytest.param(kind, marks=mark) for kind, mark in marks.items()])
+
+
+each_kind = each_of(KINDS)
 per_kind = settings(few, max_examples=2)
 
 
@@ -114,7 +127,7 @@ class Case:
         generator = torch.Generator().manual_seed(self.seed)
         spread = 0.25 if self.kind == "no norm" else 0.4  # streams that nothing keeps small grow with depth
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
+            for name, parameter in parameters_of(model).items():
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.copy_(1 + noise / 3 if name.endswith(".w") else noise * spread)
         return model
@@ -124,7 +137,7 @@ class Case:
 def cases(draw: st.DrawFn, kinds: Iterable[str] = KINDS, max_pos: int = 6) -> Case:
     n_heads = draw(st.integers(1, 4))
     return Case(
-        kind=draw(st.sampled_from(list(kinds))),
+        kind=draw(st.sampled_from([kind for kind in kinds if HAS_HOOKED or kind not in HOOKED_KINDS])),
         n_layers=draw(st.integers(1, 3)),
         n_heads=n_heads,
         n_kv_heads=draw(st.sampled_from([n for n in range(1, n_heads + 1) if n_heads % n == 0])),
@@ -204,7 +217,7 @@ def test_the_oracle_runs_the_model(kind, case):
 
 
 @few
-@given(case=cases(kinds=set(KINDS) - {"gemma2", "olmo2", "attention only, norm after"}))
+@given(case=cases(kinds=set(KINDS) - HOOKED_KINDS))
 def test_contributions_add_up_to_the_state_but_for_the_bias_of_attention(case):
     truth = Oracle(case.model(), case.tokens)
     run = truth.run()

@@ -14,6 +14,7 @@ from conftest import STORIES
 from handmade import COPY_CIRCUIT, COPY_PROMPT, INDUCTION_CIRCUIT, INDUCTION_PROMPT
 from handmade_components import INDUCTION_TASK
 from test_left_as_it_was import state
+from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 
 import tracedensity as td
@@ -26,7 +27,10 @@ from tracedensity.run import Conditions
 from tracedensity.search import GRADIENT_PASSES, Search, SpentError
 from tracedensity.setting import token_setting
 
-pytestmark = pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated"),
+    pytest.mark.usefixtures("unexamined"),
+]
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 SLACK = 1e-6
@@ -366,10 +370,10 @@ def ctrl_c():
 
 
 @pytest.mark.usefixtures("ctrl_c")
-@pytest.mark.parametrize("moment", ["add_hook", "remove_hooks"])
-def test_ctrl_c_waits_until_hooks_are_off_again(moment, tiny_gpt2, monkeypatch):
+@pytest.mark.parametrize(("owner", "moment"), [(HookPoint, "add_hook"), (RemovableHandle, "remove")])
+def test_ctrl_c_waits_until_hooks_are_off_again(owner, moment, tiny_gpt2, monkeypatch):
     start = td.attribute(tiny_gpt2, [3, 1, 4, 1, 5]).rank().circuit(40)
-    before, function, calls = state(tiny_gpt2), getattr(HookPoint, moment), Counter()
+    before, function, calls = state(tiny_gpt2), getattr(owner, moment), Counter()
 
     def struck(*arguments, **options):
         calls[moment] += 1
@@ -377,7 +381,7 @@ def test_ctrl_c_waits_until_hooks_are_off_again(moment, tiny_gpt2, monkeypatch):
             signal.raise_signal(signal.SIGINT)
         return function(*arguments, **options)
 
-    monkeypatch.setattr(HookPoint, moment, struck)
+    monkeypatch.setattr(owner, moment, struck)
     with pytest.warns(UserWarning, match="interrupted after"):
         found = td.refine(tiny_gpt2, [3, 1, 4, 1, 5], start, 0.9, budget=2000)
     assert found.certificate is not None and found.certificate.interrupted

@@ -17,9 +17,9 @@ from handmade_lucky import HABIT, INDUCTION, PLACE, lucky_model
 from handmade_lucky import PROMPT as NAMES_PROMPT
 from test_left_as_it_was import fail_after, flushes, state
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 import tracedensity as td
+from benchmarks.lens import HookedTransformer
 from tracedensity.evaluation import setting_for
 from tracedensity.gauge import Gauge
 from tracedensity.graph import flatten, unflatten

@@ -8,16 +8,16 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import random_model
+from conftest import hooked_only, random_model
 from oracle import Edge, Oracle, Vector
-from test_left_as_it_was import flushes, state
-from test_oracle import KINDS, assert_close, by_edge, order
+from test_left_as_it_was import each_flag, flushes, state
+from test_oracle import assert_close, by_edge, each_kind, order
 from test_token_ablation import ABLATIONS, PROMPT, ablated, case_of, every_ablation, setting_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformer_lens import HookedTransformer
 
 import tracedensity as td
+from benchmarks.lens import HookedTransformer
 from tracedensity.graph import flatten, unflatten
 from tracedensity.run import Conditions, run_shares
 from tracedensity.task import Examples
@@ -97,7 +97,7 @@ def flat(scores: td.Scores) -> Tensor:
 
 
 @every_method
-@pytest.mark.parametrize("kind", KINDS)
+@each_kind
 def test_scores_are_differences_of_runs(kind, method):
     case = case_of(kind, SHORT)
     model = case.model()
@@ -124,7 +124,7 @@ def test_scores_are_effects_on_the_metric_that_is_asked_for(kind, method, metric
 
 @every_method
 @pytest.mark.parametrize("ablation", ["mean", "resample"])
-@pytest.mark.parametrize("kind", ["gpt2", "grouped", "attention only", "gemma2"])
+@pytest.mark.parametrize("kind", ["gpt2", "grouped", "attention only", pytest.param("gemma2", marks=hooked_only)])
 def test_scores_are_slopes_towards_what_edges_carry_when_ablated(kind, ablation, method):
     case = case_of(kind, SHORT, 2)
     model = case.model()
@@ -134,7 +134,10 @@ def test_scores_are_slopes_towards_what_edges_carry_when_ablated(kind, ablation,
 
 
 @every_ablation
-@pytest.mark.parametrize(("kind", "method"), [("gpt2", "eap"), ("grouped", "eap-ig"), ("gemma2", "eap")])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [("gpt2", "eap"), ("grouped", "eap-ig"), pytest.param("gemma2", "eap", marks=hooked_only)],
+)
 def test_scores_of_neurons_are_differences_of_runs(kind, method, ablation):
     case = case_of(kind, SHORT, 2)
     model = case.model()
@@ -259,7 +262,9 @@ def test_the_path_of_an_only_layer_is_the_whole_path():
 
 @every_ablation
 @pytest.mark.parametrize("neurons", [False, True])
-@pytest.mark.parametrize(("kind", "metric"), [("gpt2", "kl"), ("llama", "target"), ("norm after", "kl")])
+@pytest.mark.parametrize(
+    ("kind", "metric"), [("gpt2", "kl"), ("llama", "target"), pytest.param("norm after", "kl", marks=hooked_only)]
+)
 def test_scores_of_a_path_add_up_to_the_effect_of_ablating_all(kind, metric, neurons, ablation):
     """All heads and MLPs, that is; and the error of the midpoint rule is a quarter for twice as many steps."""
     model = random_model(**SMOOTH[kind], dtype=torch.float64)
@@ -348,18 +353,17 @@ def test_the_answer_that_nobody_gave_is_what_the_model_predicts(tiny_gpt2):
     assert (usual == asked).all() and (usual != other).any()
 
 
-@pytest.mark.parametrize("flag", ["ungroup_grouped_query_attention", "use_attn_result", "use_split_qkv_input"])
-def test_flags_of_the_user_change_no_score(tiny_llama, flag):
-    def scored() -> list[Tensor]:
-        return [flat(td.attribute(tiny_llama, PROMPT, method="eap-ig", ablation=each)) for each in ABLATIONS]
+@each_flag
+def test_flags_of_the_user_change_no_score(build, flag):
+    model = build("llama3")
 
-    plain, switch = scored(), getattr(tiny_llama, f"set_{flag}")
-    switch(True)
-    try:
-        for with_flag, without in zip(scored(), plain, strict=True):
-            assert_close(with_flag, without, 1e-5)
-    finally:
-        switch(False)
+    def scored() -> list[Tensor]:
+        return [flat(td.attribute(model, PROMPT, method="eap-ig", ablation=each)) for each in ABLATIONS]
+
+    plain = scored()
+    getattr(model, f"set_{flag}")(True)
+    for with_flag, without in zip(scored(), plain, strict=True):
+        assert_close(with_flag, without, 1e-5)
 
 
 # -- what is refused ---------------------------------------------------------------------------------
@@ -415,19 +419,21 @@ def test_a_metric_without_a_gradient_gets_one_sentence(tiny_gpt2, method):
 def half_trained(tiny_llama) -> HookedTransformer:
     """In training: one parameter is frozen, and another has gathered a gradient."""
     model = copy.deepcopy(tiny_llama).train()
-    model.blocks[0].attn.W_Q.requires_grad_(False)
-    model.blocks[1].mlp.W_out.grad = torch.ones_like(model.blocks[1].mlp.W_out)
+    frozen, *_, learning = model.parameters()
+    frozen.requires_grad_(False)
+    learning.grad = torch.ones_like(learning)
     return model
 
 
 @every_ablation
 @every_method
 def test_the_model_comes_back_as_it_was(half_trained, method, ablation):
-    before, flushed, gathered = state(half_trained), flushes(), half_trained.blocks[1].mlp.W_out.grad
+    *_, learning = half_trained.parameters()
+    before, flushed, gathered = state(half_trained), flushes(), learning.grad
     for neurons in (False, True):
         td.attribute(half_trained, PROMPT, method=method, ablation=ablation, neurons=neurons)
     assert state(half_trained) == before and flushes() == flushed
-    assert half_trained.blocks[1].mlp.W_out.grad is gathered and (gathered == 1).all()
+    assert learning.grad is gathered and (gathered == 1).all()
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import STORIES, random_model
-from transformer_lens import HookedTransformer
 
 import tracedensity as td
+from benchmarks.lens import HAS_HOOKED, HookedTransformer
 from tracedensity import tasks
 from tracedensity.model import Transformer, as_transformer
 from tracedensity.task import Task
@@ -56,7 +56,12 @@ def gpt2_vocabulary() -> HookedTransformer:
 
     shape = {"n_layers": 1, "d_model": 4, "n_heads": 1, "d_mlp": 4, "n_ctx": 128, "d_vocab": 50257}
     model = random_model(model_name="random", act_fn="gelu_new", normalization_type="LN", **shape)
-    model.set_tokenizer(GPT2TokenizerFast.from_pretrained(GPT2, local_files_only=True))
+    tokenizer = GPT2TokenizerFast.from_pretrained(GPT2, local_files_only=True)
+    if HAS_HOOKED:
+        model.set_tokenizer(tokenizer)
+    else:
+        tokenizer.pad_token = tokenizer.eos_token
+        model.tokenizer, model.cfg.tokenizer_prepends_bos = tokenizer, False
     return model
 
 

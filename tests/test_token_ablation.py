@@ -8,9 +8,11 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from conftest import hooked_only
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import NOTHING, Ablated, Edge, Oracle, Shape, Vector
+from test_left_as_it_was import each_flag
 from test_oracle import (
     CONDITIONS,
     KINDS,
@@ -19,6 +21,8 @@ from test_oracle import (
     by_edge,
     by_kind,
     cases,
+    each_kind,
+    each_of,
     few,
     fewer,
     fewest,
@@ -28,9 +32,9 @@ from test_oracle import (
     tied_scores,
 )
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 import tracedensity as td
+from benchmarks.lens import HookedTransformer, parameters_of
 from tracedensity.choices import TokenAblation
 from tracedensity.graph import flatten, unflatten
 from tracedensity.graph.token import TokenGraph
@@ -39,12 +43,16 @@ from tracedensity.provenance import Provenance
 from tracedensity.run import Conditions, run_circuits, run_family
 from tracedensity.setting import Setting, token_setting
 
-pytestmark = pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated"),
+    pytest.mark.usefixtures("unexamined"),
+]
 
 ABLATIONS = get_args(TokenAblation)
 every_ablation = pytest.mark.parametrize("ablation", ABLATIONS)
 other_ablations = pytest.mark.parametrize("ablation", [each for each in ABLATIONS if each != "zero"])
 WITH_MLP = [kind for kind, options in KINDS.items() if not options.get("attn_only")]
+each_kind_with_mlp = each_of(WITH_MLP)
 MADE_UP = Provenance("none", "", (), (), "made up")
 PROMPT = [3, 1, 4, 1, 5]
 
@@ -130,14 +138,14 @@ def assert_run_as_described(case: Case, ablation: str, neurons: bool, conditions
 
 
 @other_ablations
-@pytest.mark.parametrize("kind", KINDS)
+@each_kind
 def test_circuits_predict_what_the_oracle_says(kind, ablation):
     conditions = CONDITIONS if ablation == "mean" else [CONDITIONS[0], CONDITIONS[-1]]
     assert_run_as_described(case_of(kind, [3, 1, 4]), ablation, False, conditions)
 
 
 @every_ablation
-@pytest.mark.parametrize("kind", WITH_MLP)
+@each_kind_with_mlp
 def test_circuits_of_neurons_predict_what_the_oracle_says(kind, ablation):
     assert_run_as_described(case_of(kind, [3, 1, 4], 2), ablation, True, [Conditions()])
 
@@ -162,7 +170,7 @@ def test_circuits_in_single_precision_predict_nearly_what_those_in_double_do(kin
 
 @every_ablation
 @pytest.mark.parametrize("neurons", [False, True])
-@pytest.mark.parametrize("kind", WITH_MLP)
+@each_kind_with_mlp
 def test_all_edges_together_are_the_model(kind, neurons, ablation):
     case = case_of(kind)
     model = case.model()
@@ -213,16 +221,13 @@ def test_how_many_rows_run_at_once_does_not_matter(tiny_llama, ablation, monkeyp
 
 
 @other_ablations
-@pytest.mark.parametrize("flag", ["ungroup_grouped_query_attention", "use_attn_result", "use_split_qkv_input"])
-def test_flags_of_the_user_change_no_circuit(tiny_llama, flag, ablation):
-    circuits = random_circuits(TokenGraph(2, 4, len(PROMPT)))
-    plain = logits_of(tiny_llama, PROMPT, circuits, ablation)
-    switch = getattr(tiny_llama, f"set_{flag}")
-    switch(True)
-    try:
-        assert_close(logits_of(tiny_llama, PROMPT, circuits, ablation), plain, 1e-5)
-    finally:
-        switch(False)
+@each_flag
+def test_flags_of_the_user_change_no_circuit(build, flag, ablation):
+    model = build("llama3")
+    circuits = random_circuits(TokenGraph(3, 4, len(PROMPT)))
+    plain = logits_of(model, PROMPT, circuits, ablation)
+    getattr(model, f"set_{flag}")(True)
+    assert_close(logits_of(model, PROMPT, circuits, ablation), plain, 1e-5)
 
 
 # -- what users call ---------------------------------------------------------------------------------
@@ -454,7 +459,7 @@ def as_neurons(circuit: td.Circuit, d_mlp: int) -> td.Circuit:
 
 def without_output_bias(model: HookedTransformer) -> HookedTransformer:
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in parameters_of(model).items():
             if name.endswith("mlp.b_out"):
                 parameter.zero_()
     return model
@@ -464,10 +469,11 @@ def without_output_bias(model: HookedTransformer) -> HookedTransformer:
     ("kind", "ablation", "bias"),
     [
         *((kind, ablation, False) for kind in ("gpt2", "grouped", "no norm") for ablation in ABLATIONS),
-        *(("gemma2", ablation, False) for ablation in ("zero", "resample")),  # no norm is the mean of norms
+        pytest.param("gemma2", "zero", False, marks=hooked_only),
+        pytest.param("gemma2", "resample", False, marks=hooked_only),  # no norm is the mean of norms
         # a mean, or a value on other tokens, has the bias in it
         *((kind, ablation, True) for kind in ("gpt2", "grouped") for ablation in ("mean", "resample")),
-        *(("gemma2", ablation, True) for ablation in ("resample",)),
+        pytest.param("gemma2", "resample", True, marks=hooked_only),
     ],
 )
 def test_an_mlp_is_all_of_its_neurons(kind, ablation, bias):
@@ -483,7 +489,7 @@ def test_the_bias_of_an_mlp_belongs_to_no_neuron(tiny_gpt2):
     """Without any edge, nothing is in the last state if MLPs are edges; if neurons are, the bias of the last MLP."""
     graph = TokenGraph(2, 4, len(PROMPT))
     (nothing,) = random_circuits(graph, [0.0])
-    bias = dict(tiny_gpt2.named_parameters())["blocks.1.mlp.b_out"]
+    bias = parameters_of(tiny_gpt2)["blocks.1.mlp.b_out"]
     for circuit, state in ((nothing, torch.zeros_like(bias)), (as_neurons(nothing, 24), bias)):
         expected = tiny_gpt2.unembed(tiny_gpt2.ln_final(state[None, None]))[0, 0].detach()
         assert_close(logits_of(tiny_gpt2, PROMPT, [circuit], "zero")[0, 0], expected, 1e-6)

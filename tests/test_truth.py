@@ -11,7 +11,10 @@ from tiny import NORMS, SHAPES, Shape, tiny_model, tiny_prompt
 import tracedensity as td
 from tracedensity.graph import flatten, unflatten
 
-pytestmark = pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated"),
+    pytest.mark.usefixtures("unexamined"),
+]
 
 THRESHOLDS = (0.8, 0.95)
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import hooked_only, random_model
 from drawn import make_circuit
 from handmade import INDUCTION_PROMPT, A, B, C, induction_model
 from test_left_as_it_was import fail_after, flushes, state
@@ -185,9 +185,12 @@ def test_a_few_vectors_at_a_time_say_the_same(tiny_gpt2, monkeypatch):
     assert all(torch.equal(apart.tokens[kind], tokens) for kind, tokens in together.tokens.items())
 
 
-def test_what_a_hook_of_the_user_adds_is_said_too(tiny_gpt2):
+@pytest.mark.parametrize(  # a bridge does not let an edit of its hook_resid_mid reach the stream
+    "point", ["blocks.0.hook_attn_out", pytest.param("blocks.0.hook_resid_mid", marks=hooked_only)]
+)
+def test_what_a_hook_of_the_user_adds_is_said_too(tiny_gpt2, point):
     """A steering vector: the model with it is the model that is explained."""
-    circuit, point = whole(tiny_gpt2), "blocks.0.hook_resid_mid"
+    circuit = whole(tiny_gpt2)
     plain = td.top_tokens(tiny_gpt2, circuit)
 
     def steer(value, hook):

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from tracedensity.graph.component import ComponentGraph
     from tracedensity.graph.token import TokenGraph
     from tracedensity.loading import load_model
+    from tracedensity.model import ModelReport, check_model
+    from tracedensity.planning import Plan, plan
     from tracedensity.refinement import refine
     from tracedensity.reporting import Report, report
     from tracedensity.routing import Flow, trace_flow
@@ -41,6 +43,8 @@ _PUBLIC = {
     "Evaluation": "evaluation",
     "Examples": "task",
     "Flow": "routing",
+    "ModelReport": "model",
+    "Plan": "planning",
     "Ranking": "extract",
     "Report": "reporting",
     "Scores": "score",
@@ -50,12 +54,14 @@ _PUBLIC = {
     "TopTokens": "unembedding",
     "attribute": "score",
     "capture": "activations",
+    "check_model": "model",
     "completeness": "checks",
     "density": "estimation",
     "evaluate": "evaluation",
     "load": "files",
     "load_model": "loading",
     "minimality": "checks",
+    "plan": "planning",
     "read_benchmark": "exchange",
     "refine": "refinement",
     "report": "reporting",
@@ -75,6 +81,8 @@ __all__ = [
     "Evaluation",
     "Examples",
     "Flow",
+    "ModelReport",
+    "Plan",
     "Ranking",
     "Report",
     "Scores",
@@ -84,12 +92,14 @@ __all__ = [
     "TopTokens",
     "attribute",
     "capture",
+    "check_model",
     "completeness",
     "density",
     "evaluate",
     "load",
     "load_model",
     "minimality",
+    "plan",
     "plot",
     "read_benchmark",
     "refine",

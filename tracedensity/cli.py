@@ -6,9 +6,9 @@ import logging
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -103,6 +103,9 @@ QuestionOption = Annotated[
 FamilyOption = Annotated[Family | None, typer.Option(help="How scores become an order.", show_default="greedy")]
 PositionsOption = Annotated[
     bool | None, typer.Option("--positions", help="Tell edges apart by token.", show_default=False)
+]
+NeuronsOption = Annotated[
+    bool | None, typer.Option("--neurons", help="Take every neuron of an MLP by itself.", show_default=False)
 ]
 NodesOption = Annotated[
     Literal["sum", "max"] | None,
@@ -272,9 +275,7 @@ def attribute(
     steps: StepsOption = None,
     ungroup: UngroupOption = None,
     positions: PositionsOption = None,
-    neurons: Annotated[
-        bool | None, typer.Option("--neurons", help="Take every neuron of an MLP by itself.", show_default=False)
-    ] = None,
+    neurons: NeuronsOption = None,
     target: Annotated[
         str | None, typer.Option(help="The token whose probability is asked for.", show_default="the most probable one")
     ] = None,
@@ -427,7 +428,9 @@ def verify(
 
 @app.command()
 def check(
-    file: CircuitArgument,
+    what: Annotated[
+        str, typer.Argument(metavar="CIRCUIT|MODEL", help="A file with a circuit; or a model, by its name or folder.")
+    ],
     by: Annotated[
         Literal["edge", "node", "token"] | None,
         typer.Option(help="What is left out: an edge, a head or MLP, a token's embedding.", show_default="edge"),
@@ -436,7 +439,11 @@ def check(
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Is every edge of a circuit needed, or every head or token, and is anything missing?"""
+    """Is every edge of a circuit needed, and is anything missing? Or: does a model compute what the graphs say?"""
+    file = Path(what)
+    if not file.is_file() and file.suffix not in (".safetensors", ".json"):
+        _check_model(what, {"--by": by, "--model": model}, device, as_json)
+        return
     unit = "edge" if by is None else by
     with _quiet():
         found = _read_circuit(file)
@@ -728,6 +735,42 @@ def strip(
 
 
 @app.command()
+def plan(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A name, or a folder with a config.json.")],
+    tokens: Annotated[int, typer.Option(help="Tokens of each prompt.")],
+    graph: GraphOption = None,
+    method: MethodOption = None,
+    ablation: AblationOption = None,
+    steps: StepsOption = None,
+    ungroup: UngroupOption = None,
+    positions: PositionsOption = None,
+    neurons: NeuronsOption = None,
+    n: Annotated[int | None, typer.Option("--n", help="How many prompts a task has.", show_default="1")] = None,
+    circuits: Annotated[
+        int | None, typer.Option(help="How many circuits are run on each of them.", show_default="0")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Precision of the weights.", show_default="float32"),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What would scoring the edges of a model need, in memory and work? Its weights are not loaded."""
+    import torch
+
+    options = _given(
+        graph=graph, method=method, ablation=ablation, steps=steps, ungroup=ungroup, positions=positions,
+        neurons=neurons, n_examples=n, n_circuits=circuits, dtype=dtype and getattr(torch, dtype),
+    )  # fmt: skip
+    with _quiet():
+        planned = td.plan(model, tokens, **options)
+    if as_json:
+        typer.echo(json.dumps({**asdict(planned), "memory": planned.memory}))
+    else:
+        typer.echo(planned)
+
+
+@app.command()
 def models() -> None:
     """List the models to choose from."""
     from tracedensity.loading import bundled_models
@@ -844,6 +887,29 @@ def _size(ranking: "td.Ranking", size: int | None) -> int:
     if not 1 <= size <= len(natural):
         raise ValueError(f"`--size` must be a number of nodes from 1 to {len(natural)}, got {size}.")
     return natural[size - 1]
+
+
+def _check_model(name: str, of_circuits: Mapping[str, object], device: str | None, as_json: bool) -> None:
+    """Print the report on a model; the exit code is 1 if something does not hold."""
+    if wrong := [option for option, value in of_circuits.items() if value is not None]:
+        raise ValueError(f"leave out `{wrong[0]}` for a model: it is for circuits, and {name!r} is no file.")
+    with _quiet():
+        report = td.check_model(td.load_model(name, **_given(device=device)))
+    if as_json:
+        found = {
+            "model": report.name,
+            "class": report.kind,
+            "transformer_lens": report.transformer_lens,
+            "dtype": str(report.dtype).removeprefix("torch."),
+            "ok": report.ok,
+            "findings": report.table().to_dict(orient="records"),
+            "granularities": {name: why or True for name, why in report.granularities.items()},
+        }
+        typer.echo(json.dumps(found))
+    else:
+        typer.echo(report)
+    if not report.ok:
+        raise typer.Exit(1)
 
 
 def _read_circuit(file: Path) -> "Circuit":

@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
@@ -29,6 +29,7 @@ from tracedensity.score import Scores, scored
 from tracedensity.score.baseline import arrival_scores
 from tracedensity.setting import Setting
 from tracedensity.situation import USUAL, Home
+from tracedensity.task import Task, several_prompts
 from tracedensity.tight import TightCurve
 
 PRECISION = 0.02
@@ -67,7 +68,8 @@ def density(
     position: int = -1,
     seed: int = 0,
     batch_size: int | None = None,
-) -> DensityCurve:
+    attention_mask: object = None,
+) -> Any:
     """How small a circuit can be and still reproduce a prediction, at each faithfulness.
 
     Scores every edge, orders them, runs the circuits of the density papers' 27 sizes, and then circuits
@@ -79,8 +81,9 @@ def density(
     `TightCurve.published`.
 
     Args:
-        model: A HookedTransformer, or a name for `load_model`.
-        prompt: Text, token ids, or a ``[pos]`` tensor; on the component graph a `Task` as well.
+        model: A model of TransformerLens, or a name for `load_model`.
+        prompt: Text, token ids, or a ``[pos]`` tensor; or several: a list of texts or of lists of ids, of any lengths,
+            or a ``[batch, pos]`` tensor. The component graph takes several as one task, and a `Task`.
         graph: ``"token"``, see `TokenGraph`; ``"component"``, see `ComponentGraph`.
         method: How edges are scored, see `attribute`. Or ``"best"``: by several methods, of whose circuits the best
             ones count; ``"exhaustive"``: not at all, every circuit of a graph of up to 22 edges is run.
@@ -111,13 +114,16 @@ def density(
         position: Which prediction to explain; tokens after it cannot matter and are left out. Tasks have their own.
         seed: For whatever is drawn at random.
         batch_size: Circuits per forward pass; by default as many as memory allows.
+        attention_mask: 1 for tokens and 0 for padding, on either side, where ids come padded.
 
     Returns:
-        The curve, from which circuits, tables and figures are made.
+        The `DensityCurve`, from which circuits, tables and figures are made; of several prompts on the token graph a
+        list of them, each the one that the prompt has by itself.
 
     Raises:
         ValueError: If an argument is not as described, or a value inside the model is not finite.
     """
+    options = {name: value for name, value in locals().items() if name not in ("model", "prompt", "attention_mask")}
     require_thresholds(tuple(thresholds))
     thresholds = tuple(sorted({float(threshold) for threshold in thresholds}))
     usual = [*CONVERSIONS, *([] if graph == "token" else QUESTIONS)]
@@ -134,6 +140,13 @@ def density(
     # a metric of the prediction as a whole has no gradient that would say much: edges are scored by the question's own
     asked = metric if callable(metric) or metric not in CONVERSIONS else None
     transformer = as_transformer(model)
+    prompts = several_prompts(prompt, attention_mask)
+    if prompts is not None and graph == "token":
+        curves = [density(transformer, each, **options) for each in prompts]
+        return curves[0] if getattr(prompt, "ndim", 0) == 1 else curves
+    if attention_mask is not None:
+        prompt = Task(clean=prompts, position=position, name="")
+        position = -1
 
     def scored_by(method: str | None, asked: str | Metric | None) -> tuple[Setting, Scores]:
         return scored(

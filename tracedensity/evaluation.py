@@ -189,7 +189,7 @@ def evaluate(
     can be tried on another checkpoint, prompt or task. `Circuit.verify` does ask.
 
     Args:
-        model: A HookedTransformer, or a name for `load_model`.
+        model: A model of TransformerLens, or a name for `load_model`.
         prompt: Text, token ids, or a ``[pos]`` tensor; on the token graph as long as the one that was scored. On the
             component graph a `Task` as well.
         ranking_or_circuit: A ranking, or one or more circuits.

@@ -127,7 +127,7 @@ def report(
     by the gradient of the log probability and measured by running the model without each.
 
     Args:
-        model: A HookedTransformer, or a name for `load_model`.
+        model: A model of TransformerLens, or a name for `load_model`.
         prompt: Text, token ids, a ``[pos]`` tensor, or a `Task` (on the component graph).
         compare: Another prompt or task to set beside it.
         faithfulness: What the circuit that is looked at has to reach.

@@ -305,6 +305,28 @@ def as_task(prompt_or_task: object) -> Task:
     return prompt_or_task if isinstance(prompt_or_task, Task) else Task(clean=prompt_or_task, name="")
 
 
+def several_prompts(given: Any, attention_mask: Any = None) -> tuple[str | tuple[int, ...], ...] | None:
+    """The prompts that are given, without their padding; None where it is one, without a mask.
+
+    Args:
+        given: One prompt, or a task; or several: texts, lists of ids, a ``[batch, pos]`` tensor.
+        attention_mask: 1 for tokens and 0 for padding, on either side.
+
+    Raises:
+        ValueError: If these are no prompts, or the mask does not fit.
+    """
+    if isinstance(given, Task):
+        if attention_mask is not None:
+            raise ValueError("`attention_mask` must be left to the task, which has one of its own.")
+        return None
+    many = getattr(given, "ndim", 1) > 1
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        many = any(isinstance(each, str | Sequence) or getattr(each, "ndim", 0) for each in given)
+    if not many and attention_mask is None:
+        return None
+    return _prompts(given, None if attention_mask is None else _mask(attention_mask), "prompt")
+
+
 def log_odds(
     logits: Float[Tensor, "row d_vocab"], answer: Int[Tensor, "row option"], distractor: Int[Tensor, "row other"]
 ) -> Float[Tensor, " row"]:

@@ -2,7 +2,7 @@
 
 import html
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -15,7 +15,7 @@ from tracedensity.graph import Graph, edge_at, flatten
 from tracedensity.graph.component import ComponentGraph
 from tracedensity.graph.token import TokenGraph
 from tracedensity.metric import Metric, compares, helpful_sign, named_metric
-from tracedensity.model import Prompt, Transformer, as_transformer
+from tracedensity.model import Prompt, Transformer, as_transformer, widened
 from tracedensity.provenance import Provenance
 from tracedensity.run import flushed_denormals
 from tracedensity.score.baseline import arrival_scores, uniform_scores
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from tracedensity.plot import Theme
 
 
-_GRADIENTS = ("eap", "eap-ig", "eap-ig-layers")
+GRADIENTS = ("eap", "eap-ig", "eap-ig-layers")
 """Methods of the token graph that know a metric."""
 
 
@@ -162,7 +162,7 @@ def attribute(
     examples. Edges that help a metric that is to be high have negative scores; `Scores.rank` knows.
 
     Args:
-        model: A HookedTransformer, or a name for `load_model`.
+        model: A model of TransformerLens, or a name for `load_model`.
         prompt: Text, token ids, or a ``[pos]`` tensor; on the component graph a `Task` as well.
         graph: ``"token"``, see `TokenGraph`; ``"component"``, see `ComponentGraph`.
         method: On the token graph ``"norm"`` (default): share of the L1 norms of all contributions to the state (arXiv
@@ -236,14 +236,7 @@ def scored(
     workspace: int | None = None,
 ) -> tuple[Setting, Scores]:
     """Scores, and the setting in which they hold; see `attribute`."""
-    choices = {"token": get_args(TokenMethod), "component": get_args(ComponentMethod)}
-    if graph not in choices:
-        raise ValueError(f"`graph` must be one of {list(choices)}, got {graph!r}.")
-    if method is None:
-        integrated = "eap-ig-midpoint" if ablation == "zero" else "eap-ig"
-        method = {"token": "norm", "component": integrated}[graph]
-    if method not in choices[graph]:
-        raise ValueError(f"`method` must be one of {list(choices[graph])} on the {graph} graph, got {method!r}.")
+    method = chosen_method(graph, method, ablation)
     for option, value in (("seed", seed), ("steps", steps)):
         if not hasattr(value, "__index__"):
             raise ValueError(f"`{option}` must be a whole number, got {value!r}.")
@@ -254,23 +247,48 @@ def scored(
     if graph == "token":
         if wrong := [name for name, value in (("ungroup", ungroup), ("positions", positions)) if value]:
             raise ValueError(f"`{wrong[0]}` must be left out on the token graph, where it means nothing.")
-        gradients = method in _GRADIENTS
+        gradients = method in GRADIENTS
         given = {"metric": metric is not None, "target": target is not None}
         if not gradients and (wrong := [name for name, value in given.items() if value]):
             raise ValueError(f"`{wrong[0]}` must be left out for method {method!r}, which knows none. Use 'eap-ig'.")
         if neurons and not gradients and not method.startswith("random"):
-            raise ValueError(f"`method` must be one of {list(_GRADIENTS)} or random for neurons, got {method!r}.")
+            raise ValueError(f"`method` must be one of {list(GRADIENTS)} or random for neurons, got {method!r}.")
         with torch.inference_mode(False):
             setting = token_setting(model, prompt, ablation, position, seed, neurons=neurons)
             setting = _answered(setting, target)
             token_graph = TokenGraph.of(model, setting.prompts.tokens.shape[1], neurons=neurons)
-            return setting, _token_scores(setting, token_graph, method, metric, steps, seed, workspace or 2**22)
+            with widened(model.dtype):
+                wide = _wide(setting)
+                return setting, _token_scores(wide, token_graph, method, metric, steps, seed, workspace or 2**22)
     with torch.inference_mode(False):  # where the user is in it: there are no gradients there
         setting = component_setting(model, prompt, ablation, position, seed, neurons=neurons)
         setting = _answered(setting, target)
         n_pos = setting.common_length() if positions else None
         component_graph = ComponentGraph.of(model, n_pos=n_pos, ungroup=ungroup, neurons=neurons)
-        return setting, _component_scores(setting, component_graph, method, metric, steps, seed, workspace)
+        with widened(model.dtype):
+            return setting, _component_scores(_wide(setting), component_graph, method, metric, steps, seed, workspace)
+
+
+def chosen_method(graph: str, method: str | None, ablation: str | None) -> str:
+    """The method, or the usual one of a graph.
+
+    Raises:
+        ValueError: If there is no such graph, or no such method on it.
+    """
+    choices = {"token": get_args(TokenMethod), "component": get_args(ComponentMethod)}
+    if graph not in choices:
+        raise ValueError(f"`graph` must be one of {list(choices)}, got {graph!r}.")
+    if method is None:
+        integrated = "eap-ig-midpoint" if ablation == "zero" else "eap-ig"
+        method = {"token": "norm", "component": integrated}[graph]
+    if method not in choices[graph]:
+        raise ValueError(f"`method` must be one of {list(choices[graph])} on the {graph} graph, got {method!r}.")
+    return method
+
+
+def _wide(setting: Setting) -> Setting:
+    """The same, its predictions yet to be made; those of half precision are not what scores refer to."""
+    return replace(setting) if setting.model.dtype != setting.model.full_dtype else setting
 
 
 def _component_scores(
@@ -335,7 +353,7 @@ def _token_scores(
         values = uniform_scores(graph, generator)
     elif method == "random-connected":
         values = arrival_scores(graph, generator)
-    elif method in _GRADIENTS:
+    elif method in GRADIENTS:
         name, function = named_metric(metric or ("logprob" if method == "eap" else "kl"), setting.examples)
         _require_slope(method, name, function)
         sign = helpful_sign(function)

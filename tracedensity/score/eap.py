@@ -102,6 +102,7 @@ def patching_scores(
                 found, seen = _gradients(model, graph, some, instead, metric, now, method)
                 clean = clean or seen
                 held = found if held is None else held.plus(found)
+                del found, seen  # or they would be there during the next pass as well
                 if held.n_bytes > HELD or first + n_runs >= len(runs):
                     total.add(clean, instead, held, some)
                     held = None

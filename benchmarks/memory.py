@@ -1,0 +1,108 @@
+"""Plans against what is measured: `python -m benchmarks.memory [--json] [--tokens 64,160] [MODEL ...]`.
+
+Memory is that of the tensors that a call makes, beside the weights. To be run as a program: checks of annotations, as
+tests have them, keep arguments alive.
+"""
+
+import argparse
+import json
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+import tracedensity as td
+from benchmarks.lens import HAS_HOOKED
+from benchmarks.measure import allocated_bytes
+
+ON_TOKENS = ("norm", "norm-ratio", "flow", "cosine", "eap", "eap-ig", "eap-ig-layers")
+ON_COMPONENTS = [
+    ("eap", "zero"), ("eap", "resample"), ("eap-ig", "resample"), ("eap-ig", "mean"), ("eap-ig-midpoint", "zero"),
+    ("eap-ig-activations", "mean"), ("clean-corrupted", "resample"), ("relp", "mean"), ("flow", "mean"),
+    ("magnitude", "resample"), ("eap-qk", "mean"),
+]  # fmt: skip
+JOBS: list[dict[str, Any]] = [
+    *({"graph": "token", "method": method} for method in ON_TOKENS),
+    {"graph": "token", "method": "eap", "neurons": True},
+    {"graph": "token", "method": "eap", "ablation": "mean"},
+    *({"graph": "component", "method": method, "ablation": ablation} for method, ablation in ON_COMPONENTS),
+    {"graph": "component", "method": "eap", "ablation": "mean", "ungroup": True},
+    {"graph": "component", "method": "eap", "ablation": "mean", "positions": True},
+]
+N_CIRCUITS = 12
+
+
+class Rows:
+    """Counts tokens through a block; with a backward pass they count three times."""
+
+    def __init__(self, model: Any) -> None:
+        self.block, self.tokens = model.blocks[0], 0
+
+    def __enter__(self) -> "Rows":
+        def count(module: object, args: Any, kwargs: Any) -> None:
+            stream = args[0] if args else kwargs["hidden_states"]
+            self.tokens += stream.shape[0] * stream.shape[1] * (3 if torch.is_grad_enabled() else 1)
+
+        self.handle = self.block.register_forward_pre_hook(count, with_kwargs=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.handle.remove()
+
+
+def compared(model: Any, n_tokens: int) -> Iterator[dict[str, Any]]:
+    """For every job, what its plan says and what is measured."""
+    prompt = [(7 * token) % 400 + 3 for token in range(n_tokens)]
+    for job in JOBS:
+        plan = td.plan(model, n_tokens, **job)
+        with Rows(model) as rows:
+            measured = allocated_bytes(lambda job=job: td.attribute(model, prompt, **job))
+        passes = {"planned": plan.forward_passes, "measured": rows.tokens / n_tokens}
+        planned = plan.activations + plan.ranks + plan.workspace
+        yield {"job": " ".join(map(str, job.values())), "memory": _pair(planned, measured), "passes": passes}
+    for graph in ("token", "component"):
+        ranking = td.attribute(model, prompt, graph=graph, method="random", ablation="zero").rank()
+        sizes = [ranking.n_edges * size // N_CIRCUITS for size in range(N_CIRCUITS)]
+        plan = td.plan(model, n_tokens, graph=graph, method="random", ablation="zero", n_circuits=N_CIRCUITS)
+        measured = allocated_bytes(lambda ranking=ranking, sizes=sizes: td.evaluate(model, prompt, ranking, sizes))
+        yield {"job": f"{graph} {N_CIRCUITS} circuits", "memory": _pair(plan.activations + plan.workspace, measured)}
+
+
+def _pair(planned: int, measured: int) -> dict[str, float]:
+    return {"planned": planned, "measured": measured, "ratio": planned / measured}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="*", default=["books-gpt2", "books-llama"])
+    parser.add_argument("--tokens", default="64,160")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="gradients are taken where the stream is zero")
+    if not given.json:
+        print(
+            f"{'model':<12}{'class':<8}{'tokens':>6}  {'job':<38}{'planned':>10}{'measured':>10}{'ratio':>7}   passes"
+        )
+    for name in given.models:
+        for backend in (*(["hooked"] if HAS_HOOKED else []), "bridge"):
+            model = td.load_model(name, backend=backend)
+            td.check_model(model)  # once, so that it is no part of what is measured
+            for n_tokens in map(int, given.tokens.split(",")):
+                for row in compared(model, n_tokens):
+                    if given.json:
+                        print(json.dumps({"model": name, "class": backend, "tokens": n_tokens, **row}), flush=True)
+                        continue
+                    memory, passes = row["memory"], row.get("passes")
+                    said = f"{passes['planned']:g} ({passes['measured']:g})" if passes else ""
+                    megabytes = "".join(f"{memory[key] / 1e6:>10.2f}" for key in ("planned", "measured"))
+                    print(
+                        f"{model.cfg.model_name:<12}{backend:<8}{n_tokens:>6}  {row['job']:<38}{megabytes}"
+                        f"{memory['ratio']:>7.2f}   {said}",
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""What users do to a model, in any combination: the right numbers, or one clear sentence, and the model as it was."""
+
+import copy
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from families import bridged
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_families import HAS_HOOKED, model_of
+
+import tracedensity as td
+from tracedensity.model import as_transformer
+
+pytestmark = pytest.mark.slow  # models that are compiled take minutes
+
+PROMPT = [3, 1, 4, 1, 5, 9]
+TASK = td.Task(clean=[PROMPT], corrupted=[[3, 7, 4, 1, 5, 8]], answer=[12], distractor=[35])
+KINDS = ["TransformerBridge", *(["HookedTransformer"] if HAS_HOOKED else [])]
+FAMILIES = ("gpt2", "llama3", "gpt-j", "gemma2")
+WORK = {
+    "scores of tokens": lambda model: td.attribute(model, PROMPT, method="flow").values["head"],
+    "integrated gradients of tokens": lambda model: td.attribute(model, PROMPT, method="eap-ig").values["head"],
+    "scores of components": lambda model: td.attribute(model, TASK, graph="component", method="eap").values["edge"],
+    "a curve": lambda model: td.density(model, TASK, graph="component", method="eap", baselines=False).faithfulness,
+}
+HOOKED_SITES = ("blocks.1.hook_attn_out", "blocks.0.hook_mlp_out", "blocks.1.hook_resid_pre", "blocks.1.attn.hook_z")
+
+
+def work_on(name: str) -> list[str]:
+    return [each for each in WORK if name != "gpt-j" or "tokens" not in each]
+
+
+def dropping_out(model: Any) -> Any:
+    """In train mode, with dropout that would change every number."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+        for rate in ("attention_dropout", "hidden_dropout", "dropout"):
+            if isinstance(getattr(module, rate, None), float):
+                setattr(module, rate, 0.5)
+    return model.train()
+
+
+def checkpointing(model: Any) -> Any:
+    inner = getattr(model, "original_model", None)
+    if inner is not None and hasattr(inner, "gradient_checkpointing_enable"):
+        inner.train()
+        inner.gradient_checkpointing_enable()
+    return model
+
+
+def learning(model: Any) -> Any:
+    """With gradients of its own waiting for a step."""
+    model(torch.tensor([PROMPT])).sum().backward()
+    return model
+
+
+def compiled(model: Any) -> Any:
+    return torch.compile(model, backend="eager")
+
+
+def compiled_in_place(model: Any) -> Any:
+    model.compile(backend="eager")
+    return model
+
+
+STATES = {
+    "train mode with dropout": dropping_out,
+    "gradient checkpointing": checkpointing,
+    "gradients": learning,
+    "compiled": compiled,
+    "compiled in place": compiled_in_place,
+}
+
+
+def picture(model: Any) -> dict[str, Any]:
+    """Whatever a call could leave changed."""
+    return {
+        "modes": [module.training for module in model.modules()],
+        "parameters": [(p.requires_grad, p.dtype, copy.deepcopy(p.grad)) for p in model.parameters()],
+        "values": [p.detach().clone() for p in model.parameters()],
+        "hooks": [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
+        "compiled": [module._compiled_call_impl is None for module in model.modules()],
+    }  # fmt: skip
+
+
+def assert_unchanged(before: dict[str, Any], after: dict[str, Any]) -> None:
+    for one, other in zip(before.pop("parameters"), after.pop("parameters"), strict=True):
+        assert one[:2] == other[:2]
+        assert (one[2] is None) == (other[2] is None)
+        assert one[2] is None or torch.equal(one[2], other[2])
+    for one, other in zip(before.pop("values"), after.pop("values"), strict=True):
+        assert torch.equal(one, other)
+    assert before == after
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_in_any_state_gives_the_same_numbers(kind, data):
+    name = data.draw(st.sampled_from(FAMILIES))
+    work = WORK[data.draw(st.sampled_from(work_on(name)))]
+    states = data.draw(st.lists(st.sampled_from(list(STATES)), unique=True, max_size=3))
+    inference = data.draw(st.booleans())
+    plain = model_of(name, kind)
+    expected = work(plain)
+    model = copy.deepcopy(plain)
+    model(torch.tensor([PROMPT]))  # in whose first run a bridge sets hooks of its own
+    for state in sorted(states, key=lambda each: each == "compiled"):  # which wraps the model
+        model = STATES[state](model)
+    before = picture(model)
+    with torch.inference_mode() if inference else nullcontext():
+        found = work(model)
+    torch.testing.assert_close(found.clone(), expected, rtol=1e-4, atol=1e-4)
+    assert_unchanged(before, picture(model))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+@pytest.mark.parametrize("kind", KINDS)
+def test_hooks_of_the_user_count_and_survive(kind, data):
+    """The prediction is that of the hooked model, the scores are others, and the hooks fire afterwards."""
+    name = data.draw(st.sampled_from(("gpt2", "llama3")))
+    work = WORK[data.draw(st.sampled_from(work_on(name)))]
+    sites = data.draw(st.lists(st.sampled_from(HOOKED_SITES), unique=True, min_size=1, max_size=2))
+    model, calls = copy.deepcopy(model_of(name, kind)), []
+    plain = work(model)
+
+    def steer(value: torch.Tensor, hook: object) -> torch.Tensor:
+        calls.append(value.shape)
+        return value + 0.5 * torch.linspace(-1, 1, value.shape[-1])
+
+    for site in sites:
+        model.add_hook(site, steer)
+    tokens = torch.tensor([PROMPT])
+    with torch.no_grad():
+        hooked = model(tokens)[:, -1]
+    torch.testing.assert_close(as_transformer(model).logits(tokens), hooked, rtol=1e-4, atol=1e-4)
+    found = work(model)
+    assert not torch.allclose(found, plain, rtol=1e-3, atol=1e-4)
+    calls.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens)[:, -1], hooked)
+    assert len(calls) == len(sites)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama3"])
+def test_weights_of_mixed_precision_are_one_sentence(name):
+    """One layer was converted and the others were not."""
+    model = bridged(name)
+    model.blocks[1].mlp.to(torch.float16)
+    with pytest.raises(ValueError, match=r"`model` must run by itself, .* whose own forward pass fails: ") as error:
+        td.attribute(model, PROMPT, method="norm")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("work", WORK)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_in_a_hook_leaves_everything_as_it_was(kind, work):
+    model = copy.deepcopy(model_of("llama3", kind))
+    WORK[work](model)
+    armed = [False]
+
+    def fail(value: torch.Tensor, hook: object) -> None:
+        if armed[0]:
+            raise KeyboardInterrupt
+
+    model.add_hook("blocks.2.hook_mlp_out", fail)
+    before = picture(model.train())
+    armed[0] = True
+    with pytest.raises(KeyboardInterrupt):
+        WORK[work](model)
+    assert_unchanged(before, picture(model))

@@ -1,0 +1,77 @@
+"""The door of this room: a user's model, looked at and checked once, as what the library needs."""
+
+import os
+from typing import Any
+
+from tracedensity.model.adapter import Adapter
+from tracedensity.model.bridge import BridgeAdapter
+from tracedensity.model.check import ModelReport, examined
+from tracedensity.model.hooked import HookedAdapter
+from tracedensity.model.transformer import Transformer
+
+
+def as_transformer(model: object) -> Transformer:
+    """The model seen through what the library needs.
+
+    Args:
+        model: A TransformerLens model (`HookedTransformer` or `TransformerBridge`), or what `load_model` accepts, or a
+            `Transformer`.
+
+    It is checked when it is first seen (`check_model`), on a short prompt.
+
+    Raises:
+        ValueError: If the object is no such model, or computes something that the graphs here do not describe.
+    """
+    if isinstance(model, Transformer):
+        return model
+    transformer = _opened(model)
+    examined(transformer).require()
+    return transformer
+
+
+def check_model(model: object) -> ModelReport:
+    """Whether a model computes what the graphs say, and edits reach what they name: what the library relies on.
+
+    A short prompt of random tokens is run as it is, and with values edited, and every sum is made again from its terms:
+    the embedding and what heads and MLPs write add up to the stream; queries, keys, values and the MLP read it through
+    their norms; heads mix values by their patterns; an edit changes what it should and nothing else; with every value
+    edited into itself the prediction stays. Hooks of yours are left out meanwhile.
+
+    Every function of the library does this when it first sees a model, and raises where something does not hold.
+
+    Args:
+        model: As for `td.density`.
+
+    Raises:
+        ValueError: If it is no model of TransformerLens, or one whose values cannot be seen.
+    """
+    return examined(model if isinstance(model, Transformer) else _opened(model))
+
+
+def _opened(model: object) -> Transformer:
+    if isinstance(model, str | os.PathLike):
+        from tracedensity.loading import load_model
+
+        model = load_model(model)
+    model = getattr(model, "_orig_mod", model)  # torch.compile wraps it, and would compile our hooks away
+    adapter = adapter_of(model)
+    if adapter is None:
+        raise ValueError(
+            "`model` must be a HookedTransformer or TransformerBridge of TransformerLens or a name for "
+            f"`td.load_model`, got {type(model).__name__}."
+        )
+    return Transformer(**vars(adapter.shape()), adapter=adapter)
+
+
+def adapter_of(model: Any) -> Adapter | None:
+    """What knows the class of a model; None where it is no class of TransformerLens.
+
+    By name, so that nothing of TransformerLens is imported which the installed version does not have.
+
+    Raises:
+        ValueError: If the class is known, and the architecture is none that the graphs here describe.
+    """
+    names = {cls.__name__ for cls in type(model).__mro__}
+    if "HookedTransformer" in names:
+        return HookedAdapter(model)
+    return BridgeAdapter(model) if "TransformerBridge" in names else None
