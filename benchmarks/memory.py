@@ -1,14 +1,17 @@
 """Plans against what is measured: `python -m benchmarks.memory [--json] [--tokens 64,160] [MODEL ...]`.
 
 Memory is that of the tensors that a call makes, beside the weights. To be run as a program: checks of annotations, as
-tests have them, keep arguments alive.
+tests have them, keep arguments alive. `--dtype bfloat16` takes weights in half precision. With `--offload`, what
+backward passes need is kept in arrays, which do not count, as on a device what is in main memory does not.
 """
 
 import argparse
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -31,6 +34,7 @@ JOBS: list[dict[str, Any]] = [
     {"graph": "component", "method": "eap", "ablation": "mean", "positions": True},
 ]
 N_CIRCUITS = 12
+WITH_GRADIENTS = [job for job in JOBS if job["method"].startswith(("eap", "relp", "clean"))]
 
 
 class Rows:
@@ -51,16 +55,31 @@ class Rows:
         self.handle.remove()
 
 
-def compared(model: Any, n_tokens: int) -> Iterator[dict[str, Any]]:
+def in_an_array(value: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """As `offload.away`, from a device that is the CPU's memory to arrays."""
+    kept = value.detach().numpy().copy()
+    return lambda: torch.tensor(kept)
+
+
+@contextmanager
+def offloading() -> Iterator[None]:
+    with mock.patch("tracedensity.model.offload.away", in_an_array), td.offload_activations():
+        yield
+
+
+def compared(model: Any, n_tokens: int, jobs: Sequence[dict[str, Any]] = JOBS) -> Iterator[dict[str, Any]]:
     """For every job, what its plan says and what is measured."""
     prompt = [(7 * token) % 400 + 3 for token in range(n_tokens)]
-    for job in JOBS:
+    for job in jobs:
         plan = td.plan(model, n_tokens, **job)
         with Rows(model) as rows:
             measured = allocated_bytes(lambda job=job: td.attribute(model, prompt, **job))
         passes = {"planned": plan.forward_passes, "measured": rows.tokens / n_tokens}
         planned = plan.activations + plan.ranks + plan.workspace
-        yield {"job": " ".join(map(str, job.values())), "memory": _pair(planned, measured), "passes": passes}
+        row = {"job": " ".join(map(str, job.values())), "memory": _pair(planned, measured), "passes": passes}
+        yield row if jobs is JOBS else {**row, "offloaded": plan.offloaded}
+    if jobs is not JOBS:
+        return
     for graph in ("token", "component"):
         ranking = td.attribute(model, prompt, graph=graph, method="random", ablation="zero").rank()
         sizes = [ranking.n_edges * size // N_CIRCUITS for size in range(N_CIRCUITS)]
@@ -78,6 +97,8 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=["books-gpt2", "books-llama"])
     parser.add_argument("--tokens", default="64,160")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--offload", action="store_true")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="gradients are taken where the stream is zero")
@@ -87,10 +108,12 @@ def main() -> None:
         )
     for name in given.models:
         for backend in (*(["hooked"] if HAS_HOOKED else []), "bridge"):
-            model = td.load_model(name, backend=backend)
+            model = td.load_model(name, backend=backend, dtype=getattr(torch, given.dtype))
             td.check_model(model)  # once, so that it is no part of what is measured
             for n_tokens in map(int, given.tokens.split(",")):
-                for row in compared(model, n_tokens):
+                with offloading() if given.offload else nullcontext():
+                    rows = [*compared(model, n_tokens, WITH_GRADIENTS if given.offload else JOBS)]
+                for row in rows:
                     if given.json:
                         print(json.dumps({"model": name, "class": backend, "tokens": n_tokens, **row}), flush=True)
                         continue

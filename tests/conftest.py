@@ -11,7 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 from jaxtyping import install_import_hook
 
 # Before anything imports the packages: every call in every test run checks its shapes and types.
-install_import_hook(["tracedensity", "training"], "beartype.beartype")
+install_import_hook(["tracedensity", "training"], "checking.checked")
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -12,7 +12,7 @@ from families import hugging_face
 
 import tracedensity as td
 from benchmarks.lens import HAS_HOOKED
-from benchmarks.memory import JOBS, Rows
+from benchmarks.memory import JOBS, WITH_GRADIENTS, Rows
 from tracedensity.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -25,13 +25,22 @@ def model(request):
     return loaded
 
 
-@pytest.mark.parametrize("name", ["books-gpt2", pytest.param(str(STORIES), marks=pytest.mark.slow)])
-def test_memory_and_work_are_as_measured(name):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("books-gpt2", []),
+        ("books-gpt2", ["--offload"]),
+        ("books-gpt2", ["--dtype", "bfloat16"]),
+        pytest.param(str(STORIES), [], marks=pytest.mark.slow),
+    ],
+)
+def test_memory_and_work_are_as_measured(name, options):
     """In a process of its own: checks of annotations keep arguments alive."""
-    run = [sys.executable, "-m", "benchmarks.memory", "--json", "--tokens", "64", name]
+    run = [sys.executable, "-m", "benchmarks.memory", "--json", *options, "--tokens", "64", name]
     found = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True)
     rows = [json.loads(line) for line in found.stdout.splitlines()]
-    assert len(rows) == (2 if HAS_HOOKED else 1) * (len(JOBS) + 2)
+    n_jobs = len(WITH_GRADIENTS) if options == ["--offload"] else len(JOBS) + 2
+    assert len(rows) == (2 if HAS_HOOKED else 1) * n_jobs
     for row in (row for row in rows if "eap-qk" not in row["job"]):  # attention alone is run again, at a guess
         assert row["memory"]["planned"] == pytest.approx(row["memory"]["measured"], rel=0.2), row
         passes = row.get("passes", {"planned": 0, "measured": 0})
@@ -45,6 +54,17 @@ def test_a_task_needs_as_many_passes_as_it_has_examples(model):
         td.attribute(model, task, graph="component", method="eap-ig")
     plan = td.plan(model, 12, graph="component", method="eap-ig", ablation="counterfactual", n_examples=3)
     assert plan.forward_passes == rows.tokens / 12
+
+
+def test_what_is_offloaded_is_not_on_the_device(model):
+    job = {"graph": "component", "method": "eap", "ablation": "mean"}
+    usual = td.plan(model, 64, **job)
+    with td.offload_activations():
+        plan = td.plan(model, 64, **job)
+    assert usual.offloaded == 0 and plan.offloaded > 0.9 * usual.activations
+    assert plan.memory < usual.memory and plan.weights == usual.weights and plan.ranks == usual.ranks
+    assert "in main memory" in repr(plan) and "in main memory" not in repr(usual)
+    assert td.plan(model, 64, **job) == usual
 
 
 def test_weights_are_those_of_the_model(model):
@@ -118,6 +138,11 @@ def test_it_is_read_at_a_glance(tmp_path, capsys):
     assert main(["plan", "books-gpt2", "--tokens", "30", "--circuits", "20", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["n_edges"] == plan.n_edges and found["memory"] == plan.memory
+    eap = ["plan", "books-gpt2", "--tokens", "30", "--method", "eap", "--json"]
+    assert main(["--offload", *eap]) == 0
+    assert json.loads(capsys.readouterr().out)["offloaded"] > 0
+    assert main(eap) == 0
+    assert json.loads(capsys.readouterr().out)["offloaded"] == 0  # the option is over with its command
     assert main(["plan", "books-gpt2", "--tokens", "30", "--dtype", "bfloat16", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["weights"] < 0.6 * plan.weights
 

@@ -6,13 +6,14 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from elsewhere import spread
+from elsewhere import Devices, at, spread
 from families import bridged, hugging_face
 
 import tracedensity as td
 from benchmarks.lens import HAS_HOOKED
 from tracedensity import loading
 from tracedensity.model import as_transformer
+from tracedensity.model.offload import away
 
 PROMPT = [3, 1, 4, 1, 5, 9]
 TASK = td.Task(clean=[PROMPT], corrupted=[[3, 7, 4, 1, 5, 8]], answer=[12], distractor=[35])
@@ -99,6 +100,50 @@ def test_devices_that_are_made_up_refuse_what_real_ones_do(monkeypatch):
         )
         with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
             td.attribute(apart, TASK, graph="component", method="eap")
+
+
+# -- activations in main memory ----------------------------------------------------------------------------
+
+
+def test_a_tensor_goes_to_main_memory_and_comes_back():
+    with Devices() as devices:
+        there = at(torch.arange(6.0).view(2, 3).T, torch.device("xpu:1"))
+        back = away(there)
+        assert devices.moves == 1 and callable(back)
+        assert back().device == torch.device("xpu:1") and devices.moves == 2
+        assert torch.equal(back(), there)
+    here = torch.ones(3)
+    assert away(here) is here
+
+
+@pytest.mark.parametrize("each", ["eap-ig", "neurons", "component eap-ig", "component relp"])
+def test_whatever_is_kept_may_be_elsewhere(each, monkeypatch):
+    """Everything but weights that autograd saves is really given up, and results are the same to the last digit."""
+    model = bridged("llama3")
+    expected, brought = WORK[each](model), []
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def put_away(value):
+        assert value.untyped_storage().data_ptr() not in weights
+        kept = value.detach().numpy().copy()
+
+        def back():
+            brought.append(kept.nbytes)
+            return torch.tensor(kept)
+
+        return back
+
+    monkeypatch.setattr("tracedensity.model.offload.away", put_away)
+    with td.offload_activations():
+        found = WORK[each](model)
+        assert len(brought) > 10 * model.cfg.n_layers
+        with td.offload_activations(False):
+            n_brought = len(brought)
+            WORK[each](model)
+    WORK[each](model)
+    assert len(brought) == n_brought  # where it is not wanted, nothing goes away
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[kind], expected[kind]) for kind in found)
 
 
 # -- disk ---------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tracedensity.graph.component import ComponentGraph
     from tracedensity.graph.token import TokenGraph
     from tracedensity.loading import load_model
-    from tracedensity.model import ModelReport, check_model
+    from tracedensity.model import ModelReport, check_model, offload_activations
     from tracedensity.planning import Plan, plan
     from tracedensity.refinement import refine
     from tracedensity.reporting import Report, report
@@ -61,6 +61,7 @@ _PUBLIC = {
     "load": "files",
     "load_model": "loading",
     "minimality": "checks",
+    "offload_activations": "model",
     "plan": "planning",
     "read_benchmark": "exchange",
     "refine": "refinement",
@@ -99,6 +100,7 @@ __all__ = [
     "load",
     "load_model",
     "minimality",
+    "offload_activations",
     "plan",
     "plot",
     "read_benchmark",

@@ -7,7 +7,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -41,6 +41,8 @@ _CIRCUIT_AT = 0.9
 _words: list[
     str
 ] = []  # of the command that is run; typer's own context is of a class that its annotation does not name
+
+_during = ExitStack()  # what options before the command open, closed when it is done
 
 app = typer.Typer(
     add_completion=False,
@@ -136,8 +138,17 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
     ] = False,
+    offload: Annotated[
+        bool,
+        typer.Option(
+            "--offload",
+            help="Keep what gradients need of each layer in main memory, for a model that fills its device.",
+        ),
+    ] = False,
 ) -> None:
     """How much of a language model does one prediction need, which part, and why?"""
+    if offload:
+        _during.enter_context(td.offload_activations())
 
 
 @app.command()
@@ -797,7 +808,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a token that the terminal cannot show is no error
     try:
-        code = command.main(words or ["--help"], prog_name="tracedensity", standalone_mode=False)
+        with _during:
+            code = command.main(words or ["--help"], prog_name="tracedensity", standalone_mode=False)
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         hint = "" if context is None else f" Try '{context.command_path} --help'."

@@ -531,6 +531,8 @@ def weight_bytes(config: Any, dtype: DType) -> int:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from tracedensity.model.spread import bytes_of
+
     def made(backend: Backend, wanted: _Wanted) -> int:
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -544,12 +546,6 @@ def weight_bytes(config: Any, dtype: DType) -> int:
 
     with _quiet():
         return _first_that_builds(made, dtype, config.model_type)
-
-
-def bytes_of(model: Any) -> int:
-    """Bytes of weights and tables, once of those that share their memory."""
-    storages = [each.untyped_storage() for each in (*model.parameters(), *model.buffers())]
-    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def _first_that_builds(build: Callable[[Backend, _Wanted], Any], dtype: DType, name: str) -> Any:

@@ -14,7 +14,8 @@ from tracedensity.ablate import N_RESAMPLED
 from tracedensity.choices import Ablation, GraphName, Method, TokenAblation
 from tracedensity.graph.component import ComponentGraph
 from tracedensity.graph.token import TokenGraph
-from tracedensity.model import Transformer, as_transformer
+from tracedensity.model import Transformer, as_transformer, is_offloading, offload_activations
+from tracedensity.model.spread import bytes_of, storages
 from tracedensity.score import GRADIENTS, chosen_method, scored
 from tracedensity.score.eap import HELD, WORKSPACE, runs_of
 from tracedensity.setting import gradients_at_once, rows_at_once
@@ -52,6 +53,7 @@ class Plan:
         n_edges: Edges of the graph.
         weights: Bytes of the model.
         activations: Bytes of what is kept of forward passes: for backward passes, or for the sums that are taken apart.
+        offloaded: Bytes of that which `offload_activations` keeps in main memory; they do not count as activations.
         ranks: Bytes of the scores, of the mask of which edges there are, and, if circuits are run, of their order.
         workspace: Bytes of what is needed beside, for a while.
         forward_passes: Work in forward passes of one prompt each; a backward pass counts as two.
@@ -66,13 +68,14 @@ class Plan:
     n_edges: int
     weights: int
     activations: int
+    offloaded: int
     ranks: int
     workspace: int
     forward_passes: float
 
     @property
     def memory(self) -> int:
-        """Bytes altogether, at most."""
+        """Bytes on the model's device altogether, at most."""
         return self.weights + self.activations + self.ranks + self.workspace
 
     def table(self) -> "pd.DataFrame":
@@ -83,6 +86,7 @@ class Plan:
             ("edges", f"{self.n_edges:,}"),
             *((name, _in_bytes(getattr(self, name))) for name in ("weights", "activations", "ranks", "workspace")),
             ("memory", _in_bytes(self.memory)),
+            *([("in main memory", _in_bytes(self.offloaded))] if self.offloaded else []),
             ("forward passes", f"{self.forward_passes:,.0f}"),
         ]
         return pd.DataFrame(rows, columns=["what", "how much"])
@@ -126,6 +130,8 @@ def plan(
     used than is said of a configuration, which counts as being on a CPU. Prompts count as having no answers of their
     own: a task that has some needs a pass less per example, unless its metric compares with the model's own prediction.
 
+    Within `offload_activations`, the plan is that of a model on an accelerator that keeps them in main memory.
+
     Args:
         model_or_config: A model of TransformerLens; a name for `load_model`; the folder of a model in Hugging Face
             layout, of which only ``config.json`` is read; or a configuration of Hugging Face.
@@ -168,11 +174,12 @@ def plan(
     job = _Job(sketch, whole, method, ablation, steps, n_tokens, n_examples)
     needs = job.of_scores()
     if n_circuits:
-        needs = max(needs, job.of_circuits(n_circuits), key=lambda each: each.activations + each.workspace)
+        most = max(needs, job.of_circuits(n_circuits), key=lambda each: each.activations + each.workspace)
+        needs = replace(most, offloaded=needs.offloaded)
     passes = float(job.passes + n_circuits * job.n_rows)
     return Plan(
         model.name, "token" if on_tokens else "component", method, n_tokens, n_examples, n_circuits, whole.n_edges,
-        sketch.weights, needs.activations, job.ranks(n_circuits), needs.workspace, passes,
+        sketch.weights, needs.activations, needs.offloaded, job.ranks(n_circuits), needs.workspace, passes,
     )  # fmt: skip
 
 
@@ -180,6 +187,7 @@ def plan(
 class _Needs:
     activations: int
     workspace: int
+    offloaded: int = 0
 
 
 # -- the model ---------------------------------------------------------------------------------------
@@ -201,7 +209,7 @@ class _Sketch:
 
 
 def _sketch(model_or_config: object, dtype: torch.dtype | None) -> _Sketch:
-    from tracedensity.loading import bytes_of, configuration
+    from tracedensity.loading import configuration
 
     config = configuration(model_or_config)
     if config is not None:
@@ -217,7 +225,7 @@ def _sketch(model_or_config: object, dtype: torch.dtype | None) -> _Sketch:
 
 
 def _sketch_of_config(config: Any, dtype: torch.dtype) -> _Sketch:
-    from tracedensity.loading import bytes_of, miniature, weight_bytes
+    from tracedensity.loading import miniature, weight_bytes
 
     two, three = (as_transformer(miniature(config, n_layers, dtype)) for n_layers in (2, 3))
     n_layers = config.num_hidden_layers
@@ -255,7 +263,7 @@ def _rehearsed(model: Transformer, options: Mapping[str, Any]) -> np.ndarray:
     kept = []
     for n_tokens in _REHEARSED:
         prompt = [token % model.d_vocab for token in range(n_tokens)]
-        with _counted(model) as most:
+        with offload_activations(False), _counted(model) as most:
             scored(model, prompt, metric="logprob", position=-1, seed=0, **options)
         kept.append(most())
     return np.linalg.solve(np.stack([_powers(n_tokens) for n_tokens in _REHEARSED]), np.array(kept, dtype=float))
@@ -264,7 +272,7 @@ def _rehearsed(model: Transformer, options: Mapping[str, Any]) -> np.ndarray:
 @contextmanager
 def _counted(model: Transformer) -> Iterator[Callable[[], int]]:
     """While open, bytes are counted that are kept for backward passes and are no weights; gives the most at a time."""
-    own = {each.untyped_storage()._cdata for each in (*model.model.parameters(), *model.model.buffers())}
+    own = storages(model.model)
     held: dict[int, list[int]] = {}  # storage: how often it is kept, its size
     count = {"now": 0, "most": 0}
 
@@ -366,6 +374,10 @@ class _Job:
     # -- memory
 
     def of_scores(self) -> _Needs:
+        needs = self._of_scores()
+        return replace(needs, workspace=max(needs.workspace, self._widest))
+
+    def _of_scores(self) -> _Needs:
         model, size, n_tokens = self.model, self.size, self.n_tokens
         if self.method.startswith("random"):
             return _Needs(0, self.n_entries * size)
@@ -382,7 +394,7 @@ class _Job:
         if self.method in ("flow", "magnitude"):
             return self._by_writer()
         if self.method == "exact":
-            return self.of_circuits(self.graph.n_edges)
+            return self.of_circuits(self.graph.n_edges, wide=True)
         return self._gradients()
 
     def _gradients(self) -> _Needs:
@@ -403,27 +415,45 @@ class _Job:
         ungroup = not token and self.graph.ungrouped and model.n_kv_heads < model.n_heads
         probed |= {"steps": 1, "ungroup": ungroup, "positions": False}
         rows = some * min(n_runs, max(1, at_once // some))
-        activations = self.sketch.kept(probed, n_tokens, rows)
+        kept = self.sketch.kept(probed, n_tokens, rows)
+        # the shares of edges, whose gradients are wanted, are no activations, but stay where these are
+        shares = rows * self.n_entries * size if token else 0
+        activations, offloaded = (shares, kept) if is_offloading() else (kept, 0)
         # a layer's gradients on the way back
-        neurons_held = 10 if self.method == "relp" else 5
+        neurons_held = 10 if self.method == "relp" and not offloaded and not self._widest else 5
         layer = 2 * model.n_heads * n_tokens**2 + n_tokens * (neurons_held * model.d_mlp + 4 * model.d_model)
         workspace = rows * layer * size
         if token:
-            workspace += int(2.5 * rows * self.n_entries * size)
-            return _Needs(activations, workspace)
+            workspace += int(2.5 * rows * self.n_entries * size) + self._widest
+            return _Needs(activations, workspace, offloaded)
         assert isinstance(self.graph, ComponentGraph)
+        if offloaded:  # but for what is looked at itself, and gradients at inputs of all layers but the first
+            readers = (model.n_heads + 2 * self.graph.n_kv_heads) * model.d_head + bool(model.has_mlp) * model.d_model
+            outputs = model.n_heads * model.d_head + 2 * model.d_model
+            activations = rows * n_tokens * (model.n_layers * (2 * readers + outputs) - readers) * size
         written = some * n_tokens * (model.n_layers * (model.n_heads * model.d_head + model.d_model) + model.d_model)
         clean = runs_of(self.method, model, self.steps)[0].group is not None
         activations += written * size * ((self.ablation in ("counterfactual", "resample")) + clean)
-        earlier = n_runs - rows // some  # runs whose gradients wait to be multiplied
-        if earlier > 0:
-            waiting = 3 * model.n_heads * model.d_head + model.d_model * (1 + earlier)
-            activations += min(HELD, some * n_tokens * model.n_layers * waiting * size)
+        activations += self._waiting(n_runs, rows // some, some, (activations + workspace) // rows)
         # sums are in float64, and there is a copy of them before they are scores
         sums = 4 * self.n_entries
-        return _Needs(
-            activations, max(workspace + sums, self._products(some) + sums - activations, 4 * sums - activations)
-        )
+        workspace += self._widest  # when all of the rest is kept
+        workspace = max(workspace + sums, self._products(some) + sums - activations, 4 * sums - activations)
+        return _Needs(activations, workspace, offloaded)
+
+    def _waiting(self, n_runs: int, at_once: int, rows: int, per_row: int) -> int:
+        """What gradients of earlier passes take, which wait to be multiplied: most in the last pass or the one before.
+
+        The last pass itself needs less if there are fewer runs in it.
+        """
+
+        def held(n_earlier: int) -> int:
+            vectors = 3 * self.model.n_heads * self.model.d_head + self.model.d_model * (1 + n_earlier)
+            return min(HELD, rows * self.n_tokens * self.model.n_layers * vectors * self.size) if n_earlier else 0
+
+        before = (n_runs - 1) // at_once * at_once  # runs of all passes but the last
+        missing = before + at_once - n_runs
+        return max(0, held(max(0, before - at_once)), held(before) - missing * rows * per_row)
 
     def _products(self, rows: int) -> int:
         """What multiplying changes with gradients takes, a few tokens at a time."""
@@ -433,7 +463,7 @@ class _Job:
         tokens = rows * self.n_tokens
         heads = (model.n_heads + 2 * graph.n_kv_heads) * model.d_head
         gradients = model.n_layers * (heads + 2 * model.d_model)
-        scratch = min(WORKSPACE, int(1.5 * tokens * model.d_model * self.size * (writers + graph.per_layer)))
+        scratch = min(WORKSPACE, int(1.15 * tokens * model.d_model * self.size * (writers + graph.per_layer)))
         if self.method == "eap-qk":
             one = tokens * 8 * (8 * model.d_model + 3 * model.n_heads * self.n_tokens)
             scratch = max(scratch, int(0.8 * one * min(model.n_heads, max(1, WORKSPACE // one))))
@@ -450,26 +480,38 @@ class _Job:
         vectors = min(step, rows * self.n_tokens) * graph.n_writers * model.d_model * size
         instead = held if self.method == "magnitude" and self.ablation in ("counterfactual", "resample") else 0
         looking = int(vectors * (4 if self.method == "flow" else 1.3))
-        return _Needs(held + instead, max(looking, rows * self._layer(edited=False)))
+        return _Needs(held + instead, max(looking, rows * self._layer(size, edited=False)))
 
-    def _layer(self, *, edited: bool) -> int:
+    @property
+    def _widest(self) -> int:
+        """Weights in half precision are widened one at a time, of which the unembedding is usually the largest."""
+        if self.size == self.model.dtype.itemsize:
+            return 0
+        return self.model.d_model * max(self.model.d_vocab, self.model.d_mlp) * self.size
+
+    def _layer(self, size: int, *, edited: bool) -> int:
         """What a layer needs for one row while it is run."""
         model, n_tokens = self.model, self.n_tokens
         pattern, stream = model.n_heads * n_tokens**2, n_tokens * model.d_model
         bridge = model.adapter.kind == "TransformerBridge"
-        attention = _PATTERNS[model.adapter.kind, edited] * pattern + 5 * stream
+        patterns = _PATTERNS[model.adapter.kind, edited]
+        if bridge and size < self.size:
+            patterns += 1  # some models of Hugging Face take the softmax in float32
+        attention = patterns * pattern + 5 * stream
         mlp = 4 * n_tokens * model.d_mlp + 6 * stream + (pattern if bridge else 0)  # which its block still has
         by_heads = edited and isinstance(self.graph, ComponentGraph)
         reading = 10 * model.n_heads * stream if by_heads else 0  # queries, keys and values of each head's own input
-        return int(max(attention, mlp, reading) * self.size)
+        return int(max(attention, mlp, reading) * size)
 
-    def of_circuits(self, n_circuits: int) -> _Needs:
+    def of_circuits(self, n_circuits: int, *, wide: bool = False) -> _Needs:
+        """Circuits are run in the model's own precision; those of components keep float32 all the same."""
         model = self.model
+        size = model.dtype.itemsize if isinstance(self.graph, TokenGraph) and not wide else self.size
         at_once = rows_at_once(model, self.n_tokens, self.graph.n_held)
         some = _share(self.n_rows, at_once)
         rows = some * _share(n_circuits, max(1, at_once // some))
-        stream = rows * self.n_tokens * model.d_model * self.size
-        return _Needs(self.graph.n_held * stream, rows * self._layer(edited=True))
+        stream = rows * self.n_tokens * model.d_model * size
+        return _Needs(self.graph.n_held * stream, rows * self._layer(size, edited=True))
 
 
 def _share(count: int, at_once: int) -> int:

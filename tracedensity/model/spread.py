@@ -15,6 +15,17 @@ def home(model: torch.nn.Module) -> torch.device:
     raise ValueError("`model` must have weights, got one without any.")
 
 
+def storages(model: torch.nn.Module) -> dict[int, torch.UntypedStorage]:
+    """The memory of all weights and tables, once of those that share it, by a number that tells it apart."""
+    found = (each.untyped_storage() for each in (*model.parameters(), *model.buffers()))
+    return {storage._cdata: storage for storage in found}
+
+
+def bytes_of(model: torch.nn.Module) -> int:
+    """Bytes of weights and tables."""
+    return sum(storage.nbytes() for storage in storages(model).values())
+
+
 @contextmanager
 def at_hand(module: torch.nn.Module) -> Iterator[None]:
     """While open, weights of a module that are kept elsewhere are where it runs; what is read of them stays."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from tracedensity.interrupts import uninterrupted
 from tracedensity.model.adapter import Adapter, NormName, Shape, Site, Visiting, remade
 from tracedensity.model.norm import Norm, NormLayer
+from tracedensity.model.offload import offloaded
 from tracedensity.model.place import BehindNorm, Place, Visit
 from tracedensity.model.precision import CHECKED, full_precision, require_finite, require_sound
 from tracedensity.model.spread import home
@@ -212,6 +213,8 @@ class Transformer(Shape):
                 if name in ("k", "v"):
                     edits[name, layer] = partial(self._edit_kv, edit=edit, ungrouped=ungrouped)
             self._attach(stack, self._visits(edits))
+            if differentiable:
+                stack.enter_context(offloaded(self.model))
             stream = self.adapter.run(tokens, end)
             return self._here(self.adapter.unembedded(stream)[:, -1])
 

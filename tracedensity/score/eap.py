@@ -212,8 +212,9 @@ def _gradients(
         raise ValueError("`metric` must have a finite gradient, got NaN or infinity where its value is finite.")
     weights = torch.tensor([run.weight for run in runs], dtype=torch.float64)
     gradient: dict[Site, Tensor] = {}
-    for site, each in zip(sites, found, strict=True):
-        value = full_precision(torch.zeros_like(probed[site]) if each is None else each).unflatten(0, (n_runs, -1))
+    for site in sites:
+        value, each = probed.pop(site), found.pop(0)  # there are as many as readers: each is given up when it was used
+        value = full_precision(torch.zeros_like(value) if each is None else each).unflatten(0, (n_runs, -1))
         gradient[site] = value * weights.to(value).view(-1, *[1] * (value.dim() - 1))
         require_finite(gradient[site], f"the gradient of the metric at {_READ[site[0]]}", site[1])
     heads: dict[str, list[Tensor]] = {name: [] for name in "qkv"}
