@@ -1,20 +1,19 @@
 """What users do to a model, in any combination: the right numbers, or one clear sentence, and the model as it was."""
 
 import copy
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from families import bridged
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from test_families import HAS_HOOKED, model_of
 
 import tracedensity as td
 from tracedensity.model import as_transformer
-
-pytestmark = pytest.mark.slow  # models that are compiled take minutes
 
 PROMPT = [3, 1, 4, 1, 5, 9]
 TASK = td.Task(clean=[PROMPT], corrupted=[[3, 7, 4, 1, 5, 8]], answer=[12], distractor=[35])
@@ -26,7 +25,17 @@ WORK = {
     "scores of components": lambda model: td.attribute(model, TASK, graph="component", method="eap").values["edge"],
     "a curve": lambda model: td.density(model, TASK, graph="component", method="eap", baselines=False).faithfulness,
 }
+# The same draws in every run; without `derandomize` there are others. Which mistakes were made together is short enough
+# to read as it comes: to look for less would run it all many times again.
+USUAL = settings(
+    max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+)
 HOOKED_SITES = ("blocks.1.hook_attn_out", "blocks.0.hook_mlp_out", "blocks.1.hook_resid_pre", "blocks.1.attn.hook_z")
+
+
+def a_new(name: str, kind: str) -> Any:
+    """The model made once more: in copies of a bridge, hooks of the first one's first run would be at work."""
+    return model_of.__wrapped__(name, kind)
 
 
 def work_on(name: str) -> list[str]:
@@ -48,13 +57,17 @@ def checkpointing(model: Any) -> Any:
     inner = getattr(model, "original_model", None)
     if inner is not None and hasattr(inner, "gradient_checkpointing_enable"):
         inner.train()
-        inner.gradient_checkpointing_enable()
+        with warnings.catch_warnings():  # newer versions of Hugging Face would have it called otherwise
+            warnings.simplefilter("ignore", FutureWarning)
+            inner.gradient_checkpointing_enable()
     return model
 
 
 def learning(model: Any) -> Any:
     """With gradients of its own waiting for a step."""
-    model(torch.tensor([PROMPT])).sum().backward()
+    with warnings.catch_warnings():  # compiled, it looks for gradients where there are none
+        warnings.simplefilter("ignore", UserWarning)
+        model(torch.tensor([PROMPT])).sum().backward()
     return model
 
 
@@ -78,8 +91,9 @@ STATES = {
 
 def picture(model: Any) -> dict[str, Any]:
     """Whatever a call could leave changed."""
+    inner = getattr(model, "original_model", model)
     return {
-        "modes": [module.training for module in model.modules()],
+        "modes": [module.training for module in (*model.modules(), *inner.modules())],
         "parameters": [(p.requires_grad, p.dtype, copy.deepcopy(p.grad)) for p in model.parameters()],
         "values": [p.detach().clone() for p in model.parameters()],
         "hooks": [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
@@ -97,7 +111,7 @@ def assert_unchanged(before: dict[str, Any], after: dict[str, Any]) -> None:
     assert before == after
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@USUAL
 @given(data=st.data())
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_in_any_state_gives_the_same_numbers(kind, data):
@@ -107,7 +121,7 @@ def test_a_model_in_any_state_gives_the_same_numbers(kind, data):
     inference = data.draw(st.booleans())
     plain = model_of(name, kind)
     expected = work(plain)
-    model = copy.deepcopy(plain)
+    model = a_new(name, kind)
     model(torch.tensor([PROMPT]))  # in whose first run a bridge sets hooks of its own
     for state in sorted(states, key=lambda each: each == "compiled"):  # which wraps the model
         model = STATES[state](model)
@@ -118,7 +132,7 @@ def test_a_model_in_any_state_gives_the_same_numbers(kind, data):
     assert_unchanged(before, picture(model))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@USUAL
 @given(data=st.data())
 @pytest.mark.parametrize("kind", KINDS)
 def test_hooks_of_the_user_count_and_survive(kind, data):
@@ -126,7 +140,7 @@ def test_hooks_of_the_user_count_and_survive(kind, data):
     name = data.draw(st.sampled_from(("gpt2", "llama3")))
     work = WORK[data.draw(st.sampled_from(work_on(name)))]
     sites = data.draw(st.lists(st.sampled_from(HOOKED_SITES), unique=True, min_size=1, max_size=2))
-    model, calls = copy.deepcopy(model_of(name, kind)), []
+    model, calls = a_new(name, kind), []
     plain = work(model)
 
     def steer(value: torch.Tensor, hook: object) -> torch.Tensor:
@@ -140,7 +154,7 @@ def test_hooks_of_the_user_count_and_survive(kind, data):
         hooked = model(tokens)[:, -1]
     torch.testing.assert_close(as_transformer(model).logits(tokens), hooked, rtol=1e-4, atol=1e-4)
     found = work(model)
-    assert not torch.allclose(found, plain, rtol=1e-3, atol=1e-4)
+    assert found.shape != plain.shape or not torch.allclose(found, plain, rtol=1e-3, atol=1e-4)
     calls.clear()
     with torch.no_grad():
         torch.testing.assert_close(model(tokens)[:, -1], hooked)
@@ -160,7 +174,7 @@ def test_weights_of_mixed_precision_are_one_sentence(name):
 @pytest.mark.parametrize("work", WORK)
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_error_in_a_hook_leaves_everything_as_it_was(kind, work):
-    model = copy.deepcopy(model_of("llama3", kind))
+    model = a_new("llama3", kind)
     WORK[work](model)
     armed = [False]
 

@@ -115,6 +115,10 @@ class Adapter(Protocol):
         """
         ...
 
+    def modules(self) -> Iterator[torch.nn.Module]:
+        """All modules that take part in a run."""
+        ...
+
     def forgetting(self) -> AbstractContextManager[None]:
         """While open, the model keeps nothing of a run beyond it; what it had kept is there afterwards."""
         ...

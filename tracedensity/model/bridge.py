@@ -225,6 +225,11 @@ class BridgeAdapter:
             for owner, name, value in before:
                 setattr(owner, name, value)
 
+    def modules(self) -> Iterator[torch.nn.Module]:
+        yield from self.model.modules()
+        # not among them are the model itself of Hugging Face and, in many families, the dropout of its embedding
+        yield from self.model.original_model.modules()
+
     @contextmanager
     def forgetting(self) -> Iterator[None]:
         # attention whose queries, keys and values are one projection keeps its last pattern, and its graph with it

@@ -132,7 +132,7 @@ _EXAMINED: WeakKeyDictionary[Any, tuple[object, ModelReport]] = WeakKeyDictionar
 def _examine(model: Transformer) -> ModelReport:
     grouped = model.n_kv_heads < model.n_heads
     heads = f"{model.n_heads} heads" + (f" that share {model.n_kv_heads} keys and values" if grouped else "")
-    with torch.no_grad(), _alone(model):
+    with torch.no_grad(), model.settled(), _alone(model):
         findings, first = _findings(model)
     return ModelReport(
         model.name,

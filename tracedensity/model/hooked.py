@@ -161,6 +161,9 @@ class HookedAdapter:
             for module, repeats in zip(modules, before, strict=True):
                 module.repeat_kv_heads = repeats
 
+    def modules(self) -> Iterator[torch.nn.Module]:
+        yield from self.model.modules()
+
     def forgetting(self) -> AbstractContextManager[None]:
         return nullcontext()
 

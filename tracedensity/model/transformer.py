@@ -203,7 +203,7 @@ class Transformer(Shape):
 
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(differentiable))
-            stack.enter_context(self._settled())
+            stack.enter_context(self.settled())
             if ungrouped:
                 self._require_no_hooks_on_groups()
                 stack.enter_context(self.adapter.ungrouped())
@@ -248,6 +248,8 @@ class Transformer(Shape):
 
         def brought(value: Tensor) -> Tensor | None:
             here = value.to(self.device)
+            if not torch.is_grad_enabled():
+                here = here.detach()  # with gradient checkpointing, embeddings want a gradient in every run
             found = visit(here)
             return value if found is here else None if found is None else found.to(value.device)
 
@@ -266,9 +268,9 @@ class Transformer(Shape):
         return place
 
     @contextmanager
-    def _settled(self) -> Iterator[None]:
+    def settled(self) -> Iterator[None]:
         """While open, nothing in the model is random, saved for later or compiled: dropout, checkpoints, graphs."""
-        modules = [self.model, *self.model.modules()]
+        modules = list(dict.fromkeys(self.adapter.modules()))
         training = [module for module in modules if module.training]
         compiled = [
             (module, module._compiled_call_impl) for module in modules if module._compiled_call_impl is not None
@@ -382,7 +384,7 @@ class Transformer(Shape):
             if name != "q":
                 edit = partial(self._edit_kv, edit=edit, ungrouped=False)
             visits.append(Visiting(self._place(name, layer), edit, first=True))
-        with torch.no_grad(), self._settled(), uninterrupted(), ExitStack() as stack:
+        with torch.no_grad(), self.settled(), uninterrupted(), ExitStack() as stack:
             args, kwargs = self._attention_calls(*query_input.shape[:2])[layer]
             self._attach(stack, visits)
             self.adapter.attention(layer)(*args, **kwargs)
