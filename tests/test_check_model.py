@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_families import CASES, model_of
+from test_families import CASES, EXPERTS, model_of
 
 import tracedensity as td
 from tracedensity.cli import main
@@ -27,6 +27,7 @@ def test_every_family_computes_what_its_graph_says(name, kind):
     assert report.table()["error"].max() < 1e-5
     assert f"ModelReport({name}: {kind} of TransformerLens" in repr(report)
     assert " NO " not in "".join(line for line in repr(report).splitlines() if "e-" in line)
+    assert {"what neurons write", "activations of neurons"} <= {*report.table()["quantity"]} or name in EXPERTS
 
 
 # What would go unnoticed otherwise: a change to a sound model, or to what is believed of it.
@@ -93,7 +94,43 @@ def a_hook_that_never_fires(model: Any, adapter: type, monkeypatch: pytest.Monke
     return "must show 'z' in every layer, got none in layer 1: the hook never fired"
 
 
-WRONGS = [other_output, other_reading, other_norm, half_a_middle, edits_in_vain, a_hook_that_never_fires]
+def other_neurons(model: Any, adapter: type, monkeypatch: pytest.MonkeyPatch) -> str:
+    W_out = adapter.W_out
+    monkeypatch.setattr(adapter, "W_out", lambda self, layer: W_out(self, layer).flip(0))
+    return "layer 0 what neurons write is off by"
+
+
+def neurons_that_cannot_be_edited(model: Any, adapter: type, monkeypatch: pytest.MonkeyPatch) -> str:
+    attach = Point.attach
+
+    def seen_only(self: Point, visit: Any, *, first: bool = False) -> Any:
+        is_post = str(self.point.name).endswith((".mlp.hook_post", ".mlp.out.hook_in"))
+        return attach(self, (lambda value: (visit(value), None)[1]) if is_post else visit, first=first)
+
+    monkeypatch.setattr(Point, "attach", seen_only)
+    return "layer 0 edited activations of neurons is off by"
+
+
+def other_activation(model: Any, adapter: type, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(adapter, "activation", lambda self, layer: torch.relu)
+    return "layer 0 activations of neurons is off by"
+
+
+def other_scale(model: Any, adapter: type, monkeypatch: pytest.MonkeyPatch) -> str:
+    """As if a hook showed the scale of another norm."""
+    place = adapter.place
+
+    def swapped(self: Any, name: str, layer: int) -> Any:
+        return place(self, {"attn_in_scale": "mlp_in_scale", "mlp_in_scale": "attn_in_scale"}.get(name, name), layer)
+
+    monkeypatch.setattr(adapter, "place", swapped)
+    return "layer 0 what the norm before attention divides by is off by"
+
+
+WRONGS = [
+    other_output, other_reading, other_norm, half_a_middle, edits_in_vain, a_hook_that_never_fires, other_neurons,
+    neurons_that_cannot_be_edited, other_activation, other_scale,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("wrong", WRONGS)
@@ -111,6 +148,34 @@ def test_what_is_wrong_is_an_error_that_names_layer_and_quantity(name, kind, wro
         assert not report.ok
         assert re.search(r"\n  NO  ", repr(report))
     monkeypatch.undo()
+
+
+class Silent:
+    """A place that is never passed."""
+
+    def attach(self, visit: Any, *, first: bool = False) -> Any:
+        return lambda: None
+
+
+@pytest.mark.parametrize("site", ["attn_in_scale", "mlp_in_scale", "pre", "pre_linear", "post"])
+@pytest.mark.parametrize("kind", sorted({kind for _, kind in CASES}))
+def test_no_hook_that_something_depends_on_stays_silent(kind, site, monkeypatch):
+    model = model_of.__wrapped__("llama3", kind)
+    adapter = type(entry.adapter_of(model))
+    place = adapter.place
+    monkeypatch.setattr(
+        adapter, "place", lambda self, name, layer: Silent() if name == site else place(self, name, layer)
+    )
+    with pytest.raises(ValueError, match=f"must show '{site}' in every layer, got none in layer 0"):
+        td.check_model(model)
+
+
+def test_of_a_model_that_gives_nan_nothing_is_known_to_hold():
+    model = copy.deepcopy(model_of("gpt2", CASES[0][1]))
+    with torch.no_grad():
+        next(iter(model.parameters())).fill_(float("nan"))
+    report = td.check_model(model)
+    assert not report.ok and "NO  nothing could be compared: values are NaN or infinite" in repr(report)
 
 
 def test_a_model_is_checked_once(monkeypatch, tiny_gpt2):
@@ -153,7 +218,7 @@ def test_a_refusal_is_for_models_only():
 def test_the_command_line_says_what_holds(capsys, monkeypatch):
     assert main(["check", "books-gpt2"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("ModelReport(books-gpt2: ") and "  NO  " not in text.replace("neurons", "")
+    assert text.startswith("ModelReport(books-gpt2: ") and "  NO  " not in text
     assert main(["check", "books-gpt2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["ok"] and found["dtype"] == "float32" and all(each["holds"] for each in found["findings"])

@@ -151,8 +151,8 @@ def component_scores(model: Any, method: str, ungroup: bool = False) -> td.Score
     return td.attribute(model, TASK, graph="component", method=method, ungroup=ungroup)
 
 
-def assert_scores(name: str, kind: str, method: str, ungroup: bool = False) -> None:
-    found = component_scores(model_of(name, kind), method, ungroup)
+def assert_scores(name: str, model: Any, method: str, ungroup: bool = False) -> None:
+    found = component_scores(model, method, ungroup)
     expected = reference(name).component_scores(CLEAN, CORRUPTED, ANSWER, DISTRACTOR, method, ungroup=ungroup)
     assert found.graph.readers == reference(name).readers(ungroup)
     assert found.graph.writers == reference(name).writers()
@@ -164,34 +164,50 @@ def assert_scores(name: str, kind: str, method: str, ungroup: bool = False) -> N
 @pytest.mark.parametrize("method", ["eap", "eap-ig", "flow"])
 @over()
 def test_scores_of_the_component_graph(name, kind, method):
-    assert_scores(name, kind, method)
+    assert_scores(name, model_of(name, kind), method)
 
 
 @pytest.mark.parametrize("method", ["eap", "eap-ig"])
 @over(among=GROUPED)
 def test_scores_where_every_head_has_keys_and_values_of_its_own(name, kind, method):
-    assert_scores(name, kind, method, ungroup=True)
+    assert_scores(name, model_of(name, kind), method, ungroup=True)
 
 
-def assert_circuits(name: str, kind: str, ungroup: bool = False) -> None:
-    model = model_of(name, kind)
+def assert_circuits(name: str, model: Any, *, ungroup: bool = False, folded: bool = False) -> None:
     graph = ComponentGraph.of(as_transformer(model), ungroup=ungroup)
     circuits = random_circuits(graph, (1.0, 0.95, 0.8, 0.5, 0.2, 0.0), "counterfactual")
     expected = []
     for circuit in circuits:
         kept = {graph.edge_name("edge", tuple(place)) for place in circuit.kept["edge"].nonzero().tolist()}
         expected.append(reference(name).component_logits(CLEAN, CORRUPTED, kept, ungroup=ungroup))
-    assert apart(logits_of(model, TASK, circuits), torch.stack(expected)) < TOLERANCE
+    both = [logits_of(model, TASK, circuits), torch.stack(expected)]
+    if folded:  # which may have centred the unembedding
+        both = [logits - logits.mean(-1, keepdim=True) for logits in both]
+    assert apart(*both) < TOLERANCE
 
 
 @over()
 def test_circuits_of_the_component_graph(name, kind):
-    assert_circuits(name, kind)
+    assert_circuits(name, model_of(name, kind))
 
 
 @over(among=GROUPED)
 def test_circuits_where_every_head_has_keys_and_values_of_its_own(name, kind):
-    assert_circuits(name, kind, ungroup=True)
+    assert_circuits(name, model_of(name, kind), ungroup=True)
+
+
+@pytest.mark.parametrize("folded", [False, True], ids=["weights as they are", "weights folded"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_bridges_in_compatibility_mode(name, folded):
+    """Folding changes what heads and MLPs write, but only by what norms and differences of two prompts leave out."""
+    model = model_of.__wrapped__(name, "TransformerBridge")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.enable_compatibility_mode(no_processing=not folded, disable_warnings=True)
+    assert_scores(name, model, "eap")
+    assert_circuits(name, model, folded=folded)
+    if not folded:
+        assert_scores(name, model, "flow")
 
 
 @over(among=("olmo2-grouped",))
@@ -239,8 +255,14 @@ def test_neurons_are_told_apart(name, kind):
         bias = found.mlp_out - written
         if not as_transformer(model).adapter.norm("mlp_out", 0):
             torch.testing.assert_close(bias, bias[:, :1].expand_as(bias), rtol=1e-4, atol=1e-4)
-    graph = td.attribute(model, TASK, graph="component", method="eap", neurons=True).graph
-    assert graph.d_mlp == as_transformer(model).d_mlp
+    neurons = td.attribute(model, TASK, graph="component", method="eap", neurons=True)
+    whole = component_scores(model, "eap")
+    of_neurons, of_mlps = (
+        torch.stack([each.values["edge"][each.graph.mlp_of(layer)].sum(0) for layer in range(each.graph.n_layers)])
+        for each in (neurons, whole)
+    )
+    assert neurons.graph.d_mlp == as_transformer(model).d_mlp
+    assert apart(of_neurons, of_mlps) < TOLERANCE
 
 
 @over(among=EXPERTS)

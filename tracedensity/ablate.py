@@ -19,13 +19,16 @@ N_RESAMPLED = 8
 class Written:
     """What writers write to the stream, in factors: a head writes ``z`` times its `Transformer.head_weights`.
 
+    A neuron writes ``post`` times its `Transformer.neuron_weights`.
+
     Axes are 1 where nothing depends on them.
 
     Attributes:
         embed: The token embedding, without positions.
         z: Per layer, attention-weighted values of each head; divided by the scale of the norm after attention, if any.
         mlp_out: Per layer, the output of the MLP; empty without MLPs.
-        post: Per layer, activations of its neurons; empty if they were not asked for.
+        post: Per layer, activations of its neurons, divided by the scale of the norm after the MLP, if any; empty if
+            they were not asked for.
     """
 
     embed: Float[Tensor, "#example #pos d_model"]
@@ -124,6 +127,7 @@ def writing_sites(model: Transformer, neurons: bool) -> list[Site]:
     names = ["z", *(["attn_scale"] if model.has_attn_scale else [])]
     if model.has_mlp:
         names += ["mlp_out", *(["post"] if neurons else [])]
+        names += ["mlp_scale"] if neurons and model.has_mlp_scale else []
     return [("embed", 0), *((name, layer) for layer in range(model.n_layers) for name in names)]
 
 
@@ -136,7 +140,10 @@ def as_written(model: Transformer, held: Mapping[Site, Tensor]) -> Written:
     z = layers("z")
     if model.has_attn_scale:
         z = tuple(each / scale[..., None] for each, scale in zip(z, layers("attn_scale"), strict=True))
-    return Written(held["embed", 0], z, layers("mlp_out"), layers("post"))
+    post = layers("post")
+    if post and model.has_mlp_scale:
+        post = tuple(each / scale for each, scale in zip(post, layers("mlp_scale"), strict=True))
+    return Written(held["embed", 0], z, layers("mlp_out"), post)
 
 
 def ablated_values(

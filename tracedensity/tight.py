@@ -12,6 +12,9 @@ from torch import Tensor
 from tracedensity.curve import DensityCurve, percent, plain
 from tracedensity.graph.circuit import Circuit
 
+_ROUNDING = 1e-6
+"""What one circuit is found to be more or less faithful by, run among others."""
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TightCurve(DensityCurve):
@@ -90,7 +93,7 @@ class TightCurve(DensityCurve):
         point = int(torch.searchsorted(self.sizes, size, right=True)) - 1
         size, height = int(self.sizes[point]), float(self.faithfulness[point])
         for circuit in self.refined:
-            if circuit.n_edges == size and _reached(circuit) == height:
+            if circuit.n_edges == size and _reached(circuit) >= height - _ROUNDING:
                 return circuit
         holders = [curve for curve in (self.published, *self.families) if size in curve.sizes.tolist()]
         best = max(holders, key=lambda curve: float(curve.faithfulness[curve.sizes.tolist().index(size)]))

@@ -16,12 +16,13 @@ from tracedensity.interrupts import uninterrupted
 from tracedensity.model.adapter import Site
 from tracedensity.model.precision import full_precision
 from tracedensity.model.transformer import Transformer
+from tracedensity.model.wide import widened
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _ALLOWED = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Differences that are rounding, relative to the largest number of what is compared."""
+"""Differences that are rounding, relative to the largest number of what is compared, by what it was computed in."""
 
 _N_POS = 8
 
@@ -76,8 +77,8 @@ class ModelReport:
 
     @property
     def ok(self) -> bool:
-        """Whether everything holds, which of a model that gives NaN is not known."""
-        return self.first is None
+        """Whether everything holds; of a model that gives NaN nothing is known to."""
+        return bool(self.findings) and self.first is None
 
     def require(self) -> None:
         """Raise a ValueError that names the first thing that does not hold, and its layer."""
@@ -102,6 +103,8 @@ class ModelReport:
             f"ModelReport({self.name}: {self.kind} of TransformerLens {self.transformer_lens}, {self.dtype}, "
             f"{self.heads}, {self.processed})",
         ]
+        if not self.findings:
+            lines.append("  NO  nothing could be compared: values are NaN or infinite")
         for each in self.findings:
             where = f" (layer {each.layer})" if each.layer >= 0 else ""
             lines.append(f"  {'ok' if each.holds else 'NO'}  {each.error:8.1e}  {each.quantity}{where}")
@@ -178,23 +181,27 @@ def _findings(model: Transformer) -> tuple[tuple[Finding, ...], Finding | None]:
             f"{version('transformer-lens')}, {model.dtype}), whose own forward pass fails: {line}"
         ) from error
     plain = _Held(model)
-    with model.reading({site: partial(plain.hold, site=site) for site in plain.sites}):
+    with widened(model.dtype), model.reading({site: partial(plain.hold, site=site) for site in plain.sites}):
         logits = model.logits(tokens)
     if not all(value.isfinite().all() for value in (logits, *plain.values.values())):
         return (), None
-    allowed = _ALLOWED.get(model.dtype, 5e-2)
     worst: dict[str, Finding] = {}
     wrong: list[Finding] = []
 
-    def compare(quantity: str, found: Tensor, expected: Tensor, layer: int = -1) -> None:
-        finding = Finding(quantity, layer, _apart(found, expected), allowed)
+    def compare(
+        quantity: str, found: Tensor, expected: Tensor, layer: int = -1, dtype: torch.dtype = model.full_dtype
+    ) -> None:
+        finding = Finding(quantity, layer, _apart(found, expected), _ALLOWED[dtype])
         known = worst.get(quantity)
         if known is None or not finding.error <= known.error:  # NaN is worse than anything
             worst[quantity] = finding
         if not finding.holds:
             wrong.append(finding)
 
-    compare("the prediction of a run up to the last block, unembedded", logits, whole)
+    # circuits are run in the model's own precision, in which what overflows is an error where it does
+    same = logits if model.dtype == model.full_dtype else model.logits(tokens)
+    if whole.isfinite().all() and same.isfinite().all():
+        compare("the prediction of a run up to the last block, unembedded", same, whole, dtype=model.dtype)
     positions = plain["resid_pre", 0] - plain["embed", 0]
     if model.positions in ("standard", "shortformer"):
         positions = positions - positions[:1]
@@ -204,28 +211,39 @@ def _findings(model: Transformer) -> tuple[tuple[Finding, ...], Finding | None]:
     for layer in range(model.n_layers):
         for quantity, found, expected in _identities(model, plain, layer):
             compare(quantity, found, expected, layer)
+    if (final := model.norm("final", 0)) is not None:
+        end = plain["resid_post", model.n_layers - 1][:, -1:]
+        compare("what the last norm divides by", final.statistics(end)[1], plain["final_scale", 0])
 
-    kept = model.logits(tokens, dict.fromkeys((site for site in plain.sites if site[0] != "attn_scale"), torch.clone))
-    compare("the prediction with every value edited into itself", kept, logits)
-    for edited in (_scaled, *(() if model.parallel else (_skipping,)), _reading):
-        for quantity, layer, found, expected in edited(model, tokens, plain):
-            compare(quantity, found, expected, layer)
+    with widened(model.dtype):
+        edits = dict.fromkeys((site for site in plain.sites if not site[0].endswith("_scale")), torch.clone)
+        compare("the prediction with every value edited into itself", model.logits(tokens, edits), logits)
+        for edited in (_scaled, *(() if model.parallel else (_skipping,)), _reading):
+            for quantity, layer, found, expected in edited(model, tokens, plain):
+                compare(quantity, found, expected, layer)
     return tuple(worst.values()), next(iter(wrong), None)
 
 
 _READ = ("resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_post")
 
 
+def _of_neurons(model: Transformer, layer: int) -> list[str]:
+    """Sites of an MLP whose neurons can be told apart."""
+    if not model.has_mlp or model.adapter.W_out(layer) is None:
+        return []
+    if model.adapter.activation(layer) is None:
+        return ["post"]
+    return ["pre", *(["pre_linear"] if model.adapter.gated(layer) else []), "post"]
+
+
 class _Held:
     """Values at sites, in full precision."""
 
     def __init__(self, model: Transformer) -> None:
-        names = [
-            *_READ,
-            *(["mlp_in", "mlp_out"] if model.has_mlp else []),
-            *(["attn_scale"] if model.has_attn_scale else []),
-        ]
+        names = [*_READ, *(["mlp_in", "mlp_out"] if model.has_mlp else [])]
         self.sites: list[Site] = [("embed", 0), *((name, layer) for layer in range(model.n_layers) for name in names)]
+        self.sites += [(name, layer) for layer in range(model.n_layers) for name in _of_neurons(model, layer)]
+        self.sites += model.adapter.scales()
         self.values: dict[Site, Tensor] = {}
 
     def hold(self, value: Tensor, site: Site) -> None:
@@ -258,6 +276,38 @@ def _identities(model: Transformer, held: _Held, layer: int) -> Iterator[tuple[s
         made = torch.einsum("btd,hdk->bthk", read, weight) + bias
         yield f"what heads read ({name})", made, _stored(held[name, layer], made)
     yield from _of_heads(model, held, layer)
+    yield from _of_mlp(model, held, layer)
+    for name in ("attn_in", "mlp_in"):
+        before, site = model.norm(name, layer), (f"{name}_scale", layer)
+        if before is not None and site in held.sites:
+            read, scale = stream if name == "attn_in" else held["mlp_in", layer], held[site]
+            scale = scale[:, :, 0] if scale.dim() == 4 else scale  # a flag of the user's norms for every head
+            made = before.statistics(read)[1]
+            yield f"what the norm before {_BEFORE[name]} divides by", made, scale.view_as(made)
+
+
+_BEFORE = {"attn_in": "attention", "mlp_in": "the MLP"}
+
+
+def _of_mlp(model: Transformer, held: _Held, layer: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+    names = _of_neurons(model, layer)
+    if "pre" in names:
+        function = model.adapter.activation(layer)
+        assert function is not None
+        made = function(held["pre", layer]) * (held["pre_linear", layer] if "pre_linear" in names else 1)
+        # but for a bias that is the same for every token
+        yield "activations of neurons", made + (held["post", layer] - made)[:1, :1], held["post", layer]
+    if names:
+        written, out = _written_by_neurons(model, held, layer)
+        yield "what neurons write", written, out
+
+
+def _written_by_neurons(model: Transformer, held: _Held, layer: int, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """As `_written` for heads."""
+    scale = held["mlp_scale", layer] if model.has_mlp_scale else 1
+    written = held["post", layer] @ model.neuron_weights(layer) * factor
+    out = held["mlp_out", layer] * scale
+    return written + (out - written)[:1, :1], out
 
 
 def _of_heads(model: Transformer, held: _Held, layer: int) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -284,14 +334,10 @@ _Compared: TypeAlias = Iterator[tuple[str, int, Tensor, Tensor]]
 def _scaled(model: Transformer, tokens: Tensor, plain: _Held) -> _Compared:
     """The same sums in a run in which every value is multiplied: an edit that reached nothing, or too much, shows."""
     held = _Held(model)
-    names = ["resid_pre", "v", "pattern", "z", "attn_out", *(["mlp_out"] if model.has_mlp else []), "resid_post"]
+    names = ["resid_pre", "v", "pattern", "z", "attn_out", "post", "mlp_out", "resid_post"]
     factor = {name: 0.95 - 0.05 * number for number, name in enumerate(names)}
-    edits = {
-        (name, layer): partial(held.scale, site=(name, layer), factor=factor[name])
-        for layer in range(model.n_layers)
-        for name in names
-    }
-    others = ("mlp_in", "attn_scale")
+    edits = {site: partial(held.scale, site=site, factor=factor[site[0]]) for site in held.sites if site[0] in names}
+    others = ("mlp_in", "attn_scale", "mlp_scale")
     watched = {site: partial(held.hold, site=site) for site in held.sites if site[0] in others}
     with model.reading(watched):
         model.logits(tokens, edits)
@@ -301,6 +347,8 @@ def _scaled(model: Transformer, tokens: Tensor, plain: _Held) -> _Compared:
         yield "edited patterns and values", layer, made * factor["z"], z
         written, out = _written(model, held, layer, z, factor["attn_out"])
         yield "edited outputs of heads", layer, written, out
+        if _of_neurons(model, layer):
+            yield "edited activations of neurons", layer, *_written_by_neurons(model, held, layer, factor["mlp_out"])
         middle = held["resid_pre", layer] + held["attn_out", layer]
         if model.has_mlp and not model.parallel:
             yield "edited outputs of attention", layer, held["mlp_in", layer], middle

@@ -229,6 +229,8 @@ class HookedAdapter:
         return self.model.unembed.W_U.detach()
 
     def activation(self, layer: int) -> Callable[[Tensor], Tensor] | None:
+        if self.model.cfg.is_layer_norm_activation():  # a norm makes neurons depend on one another
+            return None
         return getattr(self.model.blocks[layer].mlp, "act_fn", None)
 
     def gated(self, layer: int) -> bool:

@@ -86,6 +86,8 @@ class Softmax:
         def detach() -> None:
             before.remove()
             after.remove()
+            while modes:  # Ctrl-C within the module, after which hooks are not called
+                modes.pop().__exit__(None, None, None)
 
         return detach
 

@@ -496,9 +496,24 @@ class Transformer(Shape):
 
         They are the output projections, or what a norm after attention makes of them but for its scale.
         """
-        weight = self.W_O(layer)
-        norm = self.attn_norm(layer, weight.new_ones(1, 1))
-        return weight if norm is None else norm.without_scale(weight)
+        return self._normed("attn_out", layer, self.W_O(layer))
+
+    def neuron_weights(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:
+        """What each neuron writes to the stream is its activation times these, as `head_weights` are for heads.
+
+        Activations are divided by `mlp_scale` where that is.
+
+        Raises:
+            ValueError: If neurons cannot be told apart.
+        """
+        return self._normed("mlp_out", layer, self.W_out(layer))
+
+    def _normed(
+        self, name: NormName, layer: int, weight: Float[Tensor, "*writer d_model"]
+    ) -> Float[Tensor, "*writer d_model"]:
+        """What a norm, if there is one, makes of rows of weights, but for its scale."""
+        norm = self.norm(name, layer)
+        return weight if norm is None else norm.frozen(weight.new_ones(1, 1)).without_scale(weight)
 
     @property
     def has_norm(self) -> bool:
@@ -510,11 +525,17 @@ class Transformer(Shape):
         """Whether there is a norm between the heads and the stream (site ``attn_scale``)."""
         return self.adapter.norm("attn_out", 0) is not None
 
+    @property
+    def has_mlp_scale(self) -> bool:
+        """Whether there is a norm between the MLP and the stream (site ``mlp_scale``)."""
+        return self.adapter.norm("mlp_out", 0) is not None
+
     def attn_reader(self, layer: int) -> NormLayer | None:
         """The norm through which queries, keys and values read the stream; None where they read it as it is."""
-        return self._norm("attn_in", layer)
+        return self.norm("attn_in", layer)
 
-    def _norm(self, name: NormName, layer: int) -> NormLayer | None:
+    def norm(self, name: NormName, layer: int) -> NormLayer | None:
+        """A norm: before attention, after it, before the MLP, after it, or before the unembedding; None if absent."""
         norm = self.adapter.norm(name, layer)
         return None if norm is None else norm.to(self.device)
 
@@ -548,12 +569,12 @@ class Transformer(Shape):
 
     def final_norm(self, scale: Float[Tensor, "pos 1"] | None) -> Norm | None:
         """The norm before the unembedding, at its scale on one prompt; None where the model has none."""
-        norm = None if scale is None else self._norm("final", 0)
+        norm = None if scale is None else self.norm("final", 0)
         return None if norm is None or scale is None else norm.frozen(scale)
 
     def attn_norm(self, layer: int, scale: Float[Tensor, "pos 1"] | None) -> Norm | None:
         """The norm between the heads' outputs and the stream (Gemma 2, OLMo 2); None in most models."""
-        norm = None if scale is None else self._norm("attn_out", layer)
+        norm = None if scale is None else self.norm("attn_out", layer)
         return None if norm is None or scale is None else norm.frozen(scale)
 
     def fingerprint(self) -> str:

@@ -149,7 +149,7 @@ def _add_axes(figure: go.Figure, grid: _Grid, i: int, name: str) -> None:
     across, up = grid.domains(i)
     lowest, leftmost = i + grid.columns >= grid.n_panels, i % grid.columns == 0
     shared: dict[str, Any] = {
-        "tick0": 0, "dtick": grid.step, "tickfont": {"size": 10}, "ticks": "", "showline": False,
+        "tick0": 0, "dtick": grid.step, "tickfont": {"size": 9}, "ticks": "", "showline": False,
     }  # fmt: skip
     figure.update_layout({
         f"xaxis{i + 1}": {

@@ -451,10 +451,10 @@ class _Total:
             less = einsum(changes, normal, "writer token d_model, run token d_model -> writer token run")
         self._sum(self.sums[: len(changes), readers], changes, vectors, less, along, pos)
         for earlier, post in enumerate(posts[:layer]):
-            W_out = self.model.W_out(earlier)
-            through = torch.einsum("rtd,nd,tn->nrt", vectors, W_out, post)
+            weights = self.model.neuron_weights(earlier)
+            through = torch.einsum("rtd,nd,tn->nrt", vectors, weights, post)
             if along is not None and normal is not None:
-                passed = einsum(normal, W_out, "run token d_model, d_mlp d_model -> run token d_mlp") * post
+                passed = einsum(normal, weights, "run token d_model, d_mlp d_model -> run token d_mlp") * post
                 through -= einsum(passed, along, "run token d_mlp, run token reader -> d_mlp reader token")
             self._at_positions(self.neurons[earlier][:, readers], through.double(), pos)
 
