@@ -9,7 +9,7 @@ import argparse
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -57,8 +57,9 @@ class Rows:
 
 def in_an_array(value: torch.Tensor) -> Callable[[], torch.Tensor]:
     """As `offload.away`, from a device that is the CPU's memory to arrays."""
-    kept = value.detach().numpy().copy()
-    return lambda: torch.tensor(kept)
+    half = value.dtype in (torch.bfloat16, torch.float16)  # which numpy does not know, or not well
+    kept, dtype = (value.float() if half else value).detach().numpy().copy(), value.dtype
+    return lambda: torch.tensor(kept).to(dtype)
 
 
 @contextmanager
@@ -67,19 +68,25 @@ def offloading() -> Iterator[None]:
         yield
 
 
-def compared(model: Any, n_tokens: int, jobs: Sequence[dict[str, Any]] = JOBS) -> Iterator[dict[str, Any]]:
+def made_up(n_tokens: int) -> list[int]:
+    return [(7 * token) % 400 + 3 for token in range(n_tokens)]
+
+
+def scoring(model: Any, n_tokens: int, jobs: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """For every job, what its plan says and what is measured."""
-    prompt = [(7 * token) % 400 + 3 for token in range(n_tokens)]
+    prompt = made_up(n_tokens)
     for job in jobs:
         plan = td.plan(model, n_tokens, **job)
         with Rows(model) as rows:
             measured = allocated_bytes(lambda job=job: td.attribute(model, prompt, **job))
         passes = {"planned": plan.forward_passes, "measured": rows.tokens / n_tokens}
         planned = plan.activations + plan.ranks + plan.workspace
-        row = {"job": " ".join(map(str, job.values())), "memory": _pair(planned, measured), "passes": passes}
-        yield row if jobs is JOBS else {**row, "offloaded": plan.offloaded}
-    if jobs is not JOBS:
-        return
+        yield {"job": " ".join(map(str, job.values())), "memory": _pair(planned, measured), "passes": passes}
+
+
+def running(model: Any, n_tokens: int) -> Iterator[dict[str, Any]]:
+    """The same of circuits."""
+    prompt = made_up(n_tokens)
     for graph in ("token", "component"):
         ranking = td.attribute(model, prompt, graph=graph, method="random", ablation="zero").rank()
         sizes = [ranking.n_edges * size // N_CIRCUITS for size in range(N_CIRCUITS)]
@@ -111,8 +118,11 @@ def main() -> None:
             model = td.load_model(name, backend=backend, dtype=getattr(torch, given.dtype))
             td.check_model(model)  # once, so that it is no part of what is measured
             for n_tokens in map(int, given.tokens.split(",")):
-                with offloading() if given.offload else nullcontext():
-                    rows = [*compared(model, n_tokens, WITH_GRADIENTS if given.offload else JOBS)]
+                if given.offload:
+                    with offloading():
+                        rows = [*scoring(model, n_tokens, WITH_GRADIENTS)]
+                else:
+                    rows = [*scoring(model, n_tokens, JOBS), *running(model, n_tokens)]
                 for row in rows:
                     if given.json:
                         print(json.dumps({"model": name, "class": backend, "tokens": n_tokens, **row}), flush=True)

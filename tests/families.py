@@ -193,7 +193,7 @@ _BY_HAND: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-_UNKNOWN = ("stablelm", "falcon", "falcon-rw", "qwen2-moe", "qwen3-moe")
+UNKNOWN = ("stablelm", "falcon", "falcon-rw", "qwen2-moe", "qwen3-moe")
 
 
 def hooked(name: str, dtype: torch.dtype = torch.float32) -> "HookedTransformer":
@@ -202,7 +202,7 @@ def hooked(name: str, dtype: torch.dtype = torch.float32) -> "HookedTransformer"
     Raises:
         NotImplementedError: If TransformerLens 3.9 has no conversion for the family.
     """
-    if name in _UNKNOWN:
+    if name in UNKNOWN:
         raise NotImplementedError(f"TransformerLens 3.9 has no HookedTransformer for {name!r}.")
     model = hugging_face(name)
     built = _hooked_by_hand(model, name) if name in _BY_HAND else _loaded(model, "hooked")

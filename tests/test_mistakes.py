@@ -10,9 +10,10 @@ import torch
 from families import bridged
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from test_families import HAS_HOOKED, model_of
+from test_families import model_of
 
 import tracedensity as td
+from benchmarks.lens import HAS_HOOKED
 from tracedensity.model import as_transformer
 
 PROMPT = [3, 1, 4, 1, 5, 9]
@@ -159,6 +160,21 @@ def test_hooks_of_the_user_count_and_survive(kind, data):
     with torch.no_grad():
         torch.testing.assert_close(model(tokens)[:, -1], hooked)
     assert len(calls) == len(sites)
+
+
+def test_a_model_is_loaded_inside_of_inference_mode_as_outside():
+    with torch.inference_mode():
+        found = td.attribute("books-llama", PROMPT, method="eap").values["head"]
+        loaded = td.load_model("books-llama")
+    assert torch.equal(td.attribute(loaded, PROMPT, method="eap").values["head"], found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_were_made_in_inference_mode_are_one_sentence(kind):
+    with torch.inference_mode():
+        model = copy.deepcopy(model_of("llama3", kind))
+    with pytest.raises(ValueError, match=r"must have been loaded outside of `torch.inference_mode\(\)`, got llama3"):
+        td.attribute(model, PROMPT, method="eap")
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama3"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import STORIES
+from conftest import STORIES, random_model
 from families import hugging_face
 
 import tracedensity as td
@@ -65,6 +65,22 @@ def test_what_is_offloaded_is_not_on_the_device(model):
     assert plan.memory < usual.memory and plan.weights == usual.weights and plan.ranks == usual.ranks
     assert "in main memory" in repr(plan) and "in main memory" not in repr(usual)
     assert td.plan(model, 64, **job) == usual
+
+
+@pytest.mark.parametrize("n_ctx", [1, 2, 8])
+def test_a_short_context_is_no_obstacle(n_ctx):
+    small = random_model(act_fn="gelu_new", normalization_type="LN", n_ctx=n_ctx)
+    assert td.plan(small, n_ctx, method="eap").activations > 0
+
+
+def test_an_architecture_that_is_no_decoder_is_one_sentence():
+    from transformers import T5Config
+
+    with pytest.raises(
+        ValueError, match="must have an architecture that TransformerLens can convert, got 't5'"
+    ) as error:
+        td.plan(T5Config(vocab_size=64, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2), 5, method="eap")
+    assert "\n" not in str(error.value)
 
 
 def test_weights_are_those_of_the_model(model):

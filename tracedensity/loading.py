@@ -91,12 +91,15 @@ def load_model(
         wanted = _spread(device_map, device, dtype, backend)
     else:
         wanted = _Wanted(_device(device), _dtype(dtype), _backends(backend))
+    import torch
+
     name = os.fspath(name_or_model)
-    if name in bundled_models():
-        return _from_folder(ASSETS / name, name, wanted, tokenizer_folder=ASSETS / "tokenizer")
-    if name and (path := Path(name).expanduser()).exists():
-        return _from_folder(path, path.resolve().name, wanted, tokenizer_folder=path)
-    return _from_hub(name, wanted)
+    with torch.inference_mode(False):  # weights that are made in it can have no part in a gradient, ever
+        if name in bundled_models():
+            return _from_folder(ASSETS / name, name, wanted, tokenizer_folder=ASSETS / "tokenizer")
+        if name and (path := Path(name).expanduser()).exists():
+            return _from_folder(path, path.resolve().name, wanted, tokenizer_folder=path)
+        return _from_hub(name, wanted)
 
 
 @dataclass(frozen=True)
@@ -370,10 +373,10 @@ def _bridged(hf_model: Any, name: str, wanted: _Wanted, tokenizer: Any) -> Any:
     if tokenizer is None:
         model.tokenizer = None
     model.cfg.model_name = name
-    return _settled(model)
+    return _made_ready(model)
 
 
-def _settled(bridge: Any) -> Any:
+def _made_ready(bridge: Any) -> Any:
     """A bridge as it is to be explained.
 
     Raises:
@@ -416,7 +419,7 @@ def _comparison(hf_model: Any, folder: Path) -> Callable[[Any], None]:
     n_ctx = min(64, getattr(config, "max_position_embeddings", None) or 64)
     tokens = torch.randint(config.vocab_size, (1, n_ctx), generator=generator)
     with torch.no_grad():
-        expected = hf_model(tokens).logits  # before parts of it are wrapped
+        expected = hf_model(tokens.to(home(hf_model))).logits.cpu()  # before parts of it are wrapped
 
     def compare(model: Any) -> None:
         with torch.no_grad():
@@ -511,12 +514,13 @@ def miniature(config: Any, n_layers: int, dtype: DType) -> Any:
         for each, value in factors.items():
             if isinstance(value, list):
                 factors[each] = value[: len(value) // factor]
-    with _quiet(), fork_rng(devices=[]):
+
+    def made(backend: Backend, wanted: _Wanted) -> Any:
         hf_model = AutoModelForCausalLM.from_config(small, attn_implementation="eager", dtype=dtype).eval()
-        plain = _plain(small.to_dict(), hf_model)
-        return _first_that_builds(
-            lambda backend, wanted: _built(backend, hf_model, plain, small.model_type, wanted), dtype, small.model_type
-        )
+        return _built(backend, hf_model, _plain(small.to_dict(), hf_model), small.model_type, wanted)
+
+    with _quiet(), fork_rng(devices=[]):
+        return _first_that_builds(made, dtype, small.model_type)
 
 
 _WIDTHS = (
@@ -623,7 +627,7 @@ def _downloaded(official: str, name: str, wanted: _Wanted, backend: Backend) -> 
     with fork_rng(devices=[]):
         spread = {} if wanted.device_map is None else {"device_map": wanted.device_map}
         model: Any = TransformerBridge.boot_transformers(official, dtype=wanted.dtype, **wanted.placed, **spread)
-    return _settled(model)
+    return _made_ready(model)
 
 
 def _hub_has(repository: str) -> bool:

@@ -15,7 +15,7 @@ from tracedensity.choices import Ablation, GraphName, Method, TokenAblation
 from tracedensity.graph.component import ComponentGraph
 from tracedensity.graph.token import TokenGraph
 from tracedensity.model import Transformer, as_transformer, is_offloading, offload_activations
-from tracedensity.model.spread import bytes_of, storages
+from tracedensity.model.spread import bytes_of, memory_of, storages
 from tracedensity.score import GRADIENTS, chosen_method, scored
 from tracedensity.score.eap import HELD, WORKSPACE, runs_of
 from tracedensity.setting import gradients_at_once, rows_at_once
@@ -23,8 +23,8 @@ from tracedensity.setting import gradients_at_once, rows_at_once
 if TYPE_CHECKING:
     import pandas as pd
 
-_REHEARSED = (4, 8, 12)
-"""Lengths of the prompts that a rehearsal runs: what is kept for a backward pass is quadratic in the length."""
+_REHEARSED = 12
+"""Length of the longest of three prompts that a rehearsal runs: what is kept is quadratic in the length."""
 
 _PATTERNS = {
     ("HookedTransformer", False): 4.25,
@@ -260,13 +260,15 @@ def _powers(n_tokens: int, n_rows: int = 1) -> np.ndarray:
 
 def _rehearsed(model: Transformer, options: Mapping[str, Any]) -> np.ndarray:
     """What one row keeps for its backward pass: bytes by powers of the number of tokens."""
-    kept = []
-    for n_tokens in _REHEARSED:
+    longest, kept = min(_REHEARSED, model.n_ctx), []
+    lengths = sorted({max(1, longest * third // 3) for third in (1, 2, 3)})
+    for n_tokens in lengths:
         prompt = [token % model.d_vocab for token in range(n_tokens)]
         with offload_activations(False), _counted(model) as most:
             scored(model, prompt, metric="logprob", position=-1, seed=0, **options)
         kept.append(most())
-    return np.linalg.solve(np.stack([_powers(n_tokens) for n_tokens in _REHEARSED]), np.array(kept, dtype=float))
+    # of fewer than three lengths any that fits: a longer prompt does not fit the model
+    return np.linalg.lstsq(np.stack([_powers(n_tokens) for n_tokens in lengths]), np.array(kept, dtype=float))[0]
 
 
 @contextmanager
@@ -278,11 +280,10 @@ def _counted(model: Transformer) -> Iterator[Callable[[], int]]:
 
     class Kept:
         def __init__(self, tensor: Tensor) -> None:
-            storage = tensor.untyped_storage()
-            self.tensor, self.key = tensor.detach(), storage._cdata  # an output would keep its own graph
+            self.tensor, self.key = tensor.detach(), memory_of(tensor)  # an output would keep its own graph
             if self.key in own:
                 return
-            times = held.setdefault(self.key, [0, storage.nbytes()])
+            times = held.setdefault(self.key, [0, tensor.untyped_storage().nbytes()])
             times[0] += 1
             if times[0] == 1:
                 count["now"] += times[1]

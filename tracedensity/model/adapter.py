@@ -1,6 +1,6 @@
 """What the library needs to be told about a class of models."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import product
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tracedensity.model.norm import NormLayer
 from tracedensity.model.place import Place, Visit
-from tracedensity.model.spread import at_hand
+from tracedensity.model.spread import at_hand, memory_of
 
 Site: TypeAlias = tuple[str, int]
 """A value inside the model: its name and its layer.
@@ -29,6 +29,9 @@ What norms divide by ``[batch, pos, 1]``: ``attn_in_scale``, ``attn_scale`` (bet
 """
 
 NormName: TypeAlias = Literal["attn_in", "attn_out", "mlp_in", "mlp_out", "final"]
+
+SCALES = {"attn_in": "attn_in_scale", "attn_out": "attn_scale", "mlp_in": "mlp_in_scale", "mlp_out": "mlp_scale"}
+"""What the norms of a block divide by, as sites."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +189,20 @@ class Visiting:
     first: bool = False
 
 
+def norm_of(scale: str) -> str:
+    """The norm of a block whose scale a site is."""
+    return next(norm for norm, name in SCALES.items() if name == scale)
+
+
+def guests(model: Any, names: Sequence[str]) -> Iterator[str]:
+    """Hook points in blocks at which hooks of the user's are, by their full names."""
+    for layer in range(len(model.blocks)):
+        for name in (f"blocks.{layer}.{each}" for each in names):
+            point = model.hook_dict.get(name)
+            if point is not None and point.fwd_hooks:
+                yield name
+
+
 def coupled(name: str, layer: int) -> ValueError:
     """Why keys cannot be ungrouped where they go through a norm together."""
     return ValueError(
@@ -204,13 +221,13 @@ def named_weights(
         others: Weights that have no name in the protocol.
         behind: Modules whose weights are among these in another form: norms and scaled embeddings.
     """
-    covered = {_storage(each) for module in behind if module is not None for each in module.parameters()}
+    covered = {memory_of(each) for module in behind if module is not None for each in module.parameters()}
     # looked up first: weights that are kept on disk are others each time they have been read
     rest = [
-        (module, path, name, None if weight.is_meta else _storage(weight))
+        (module, path, name, None if weight.is_meta else memory_of(weight))
         for path, module in adapter.model.named_modules()
         for name, weight in module.named_parameters(recurse=False)
-        if _storage(weight) not in covered
+        if memory_of(weight) not in covered
     ]
 
     def known() -> Iterator[tuple[str, Tensor | None]]:
@@ -231,18 +248,13 @@ def named_weights(
 
     for name, weight in known():
         if weight is not None:
-            covered.add(_storage(weight))
+            covered.add(memory_of(weight))
         yield name, weight
     for module, path, name, storage in rest:
         if storage not in covered:
             with at_hand(module):
                 weight = getattr(module, name)
             yield f"{path}.{name}", weight
-
-
-def _storage(tensor: Tensor) -> int:
-    """What tensors share that are views of one another, also where nothing is in it."""
-    return tensor.untyped_storage()._cdata
 
 
 def remade(before: Place, branch: Place, after: Place, edit: Callable[[Tensor], Tensor]) -> list[Visiting]:

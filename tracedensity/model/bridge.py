@@ -9,7 +9,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tracedensity.model.adapter import NormName, Shape, Site, Visiting, coupled, named_weights
+from tracedensity.model.adapter import (
+    SCALES,
+    NormName,
+    Shape,
+    Site,
+    Visiting,
+    coupled,
+    guests,
+    named_weights,
+    norm_of,
+)
 from tracedensity.model.norm import NormLayer
 from tracedensity.model.place import BehindNorm, Input, Place, Point, Softmax, Sum
 from tracedensity.model.precision import full_precision
@@ -29,8 +39,6 @@ _POINTS = {
     "mlp_out": "hook_mlp_out",
     "resid_post": "hook_resid_post",
 }
-
-_SCALES = {"attn_in": "attn_in_scale", "attn_out": "attn_scale", "mlp_in": "mlp_in_scale", "mlp_out": "mlp_scale"}
 
 
 class BridgeAdapter:
@@ -77,16 +85,24 @@ class BridgeAdapter:
             name=str(cfg.model_name),
             n_layers=len(self.model.blocks),
             n_heads=cfg.n_heads,
-            n_kv_heads=getattr(cfg, "n_key_value_heads", None) or cfg.n_heads,
+            n_kv_heads=self._n_kv_heads,
             d_model=cfg.d_model,
             d_head=cfg.d_head,
             d_mlp=(cfg.d_mlp or 0) if weight is None else len(weight),
             d_vocab=cfg.d_vocab,
             n_ctx=cfg.n_ctx,
             has_mlp="mlp" in block._modules,
-            parallel=any(cls.__name__ == "ParallelBlockBridge" for cls in type(block).__mro__),
+            parallel=self._parallel,
             positions=str(cfg.positional_embedding_type),
         )
+
+    @property
+    def _parallel(self) -> bool:
+        return any(cls.__name__ == "ParallelBlockBridge" for cls in type(self.model.blocks[0]).__mro__)
+
+    @property
+    def _n_kv_heads(self) -> int:
+        return getattr(self.model.cfg, "n_key_value_heads", None) or self.model.cfg.n_heads
 
     def state(self) -> object:
         cfg = self.model.cfg
@@ -122,7 +138,7 @@ class BridgeAdapter:
         if name == "final_scale":
             return Point(self.model.ln_final.hook_scale)
         if name.endswith("_scale"):
-            norm = next(norm for norm, scale in _SCALES.items() if scale == name)
+            norm = norm_of(name)
             return Point(getattr(block, self._norms[norm]).hook_scale) if norm in self._norms else None
         if name == "resid_mid":
             if "mlp" not in block._modules:
@@ -132,7 +148,7 @@ class BridgeAdapter:
             if "mlp_in" in self._norms:
                 return Point(getattr(block, self._norms["mlp_in"]).hook_in)
             read = Point(block.mlp.hook_in)
-            if not self.shape().parallel:
+            if not self._parallel:
                 return read
             return BehindNorm(Point(block.hook_in), read, self.norm("attn_in", layer))
         if name == "pattern" and self._is_delegated(block.attn):
@@ -168,7 +184,7 @@ class BridgeAdapter:
 
     def scales(self) -> Iterator[Site]:
         for layer in range(len(self.model.blocks)):
-            yield from ((scale, layer) for norm, scale in _SCALES.items() if norm in self._norms)
+            yield from ((scale, layer) for norm, scale in SCALES.items() if norm in self._norms)
         if self.norm("final", 0) is not None:
             yield "final_scale", 0
 
@@ -210,7 +226,7 @@ class BridgeAdapter:
             original = block.attn.original_component
             norm = block.attn._modules.get("k_norm")
             together = norm is not None and norm.weight.numel() > self.model.cfg.d_head
-            if together and self.shape().n_kv_heads < n_heads:
+            if together and self._n_kv_heads < n_heads:
                 raise coupled(str(self.model.cfg.model_name), layer)
             names = {"num_key_value_groups": 1, "kv_repeats": 1, "n_kv_heads": n_heads}
             changes += [(original, name, value) for name, value in names.items() if hasattr(original, name)]
@@ -258,17 +274,10 @@ class BridgeAdapter:
         if "attn_in" in self._norms:
             names += [f"{self._norms['attn_in']}.{name}" for name in ("hook_in", "hook_scale", "hook_normalized")]
             names.append(f"{self._norms['attn_in']}.hook_out")
-        yield from self._guests(names)
+        yield from guests(self.model, names)
 
     def guests_of_groups(self) -> Iterator[str]:
-        yield from self._guests(["attn.hook_k", "attn.hook_v", "attn.hook_rot_k"])
-
-    def _guests(self, names: list[str]) -> Iterator[str]:
-        for layer in range(len(self.model.blocks)):
-            for name in (f"blocks.{layer}.{each}" for each in names):
-                point = self.model.hook_dict.get(name)
-                if point is not None and point.fwd_hooks:
-                    yield name
+        yield from guests(self.model, ["attn.hook_k", "attn.hook_v", "attn.hook_rot_k"])
 
     # -- weights ---------------------------------------------------------------------------------
 
@@ -276,7 +285,7 @@ class BridgeAdapter:
         if name == "final":
             module = self.model._modules.get("ln_final")
             return self._norm(module) if self._is_norm(module) else None
-        shared = name == "mlp_in" and name not in self._norms and self.shape().parallel
+        shared = name == "mlp_in" and name not in self._norms and self._parallel
         module = self._norms.get("attn_in" if shared else name)
         return None if module is None else self._norm(getattr(self.model.blocks[layer], module))
 

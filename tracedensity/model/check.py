@@ -180,7 +180,7 @@ def _findings(model: Transformer) -> tuple[tuple[Finding, ...], Finding | None]:
             f"`model` must run by itself, got {model.name} ({model.adapter.kind}, TransformerLens "
             f"{version('transformer-lens')}, {model.dtype}), whose own forward pass fails: {line}"
         ) from error
-    plain = _Held(model)
+    plain = _Held(_sites(model))
     with widened(model.dtype), model.reading({site: partial(plain.hold, site=site) for site in plain.sites}):
         logits = model.logits(tokens)
     if not all(value.isfinite().all() for value in (logits, *plain.values.values())):
@@ -227,6 +227,13 @@ def _findings(model: Transformer) -> tuple[tuple[Finding, ...], Finding | None]:
 _READ = ("resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_post")
 
 
+def _sites(model: Transformer) -> tuple[Site, ...]:
+    """All that methods look at."""
+    layers, names = range(model.n_layers), [*_READ, *(["mlp_in", "mlp_out"] if model.has_mlp else [])]
+    of_neurons = ((name, layer) for layer in layers for name in _of_neurons(model, layer))
+    return ("embed", 0), *((name, layer) for layer in layers for name in names), *of_neurons, *model.adapter.scales()
+
+
 def _of_neurons(model: Transformer, layer: int) -> list[str]:
     """Sites of an MLP whose neurons can be told apart."""
     if not model.has_mlp or model.adapter.W_out(layer) is None:
@@ -239,12 +246,8 @@ def _of_neurons(model: Transformer, layer: int) -> list[str]:
 class _Held:
     """Values at sites, in full precision."""
 
-    def __init__(self, model: Transformer) -> None:
-        names = [*_READ, *(["mlp_in", "mlp_out"] if model.has_mlp else [])]
-        self.sites: list[Site] = [("embed", 0), *((name, layer) for layer in range(model.n_layers) for name in names)]
-        self.sites += [(name, layer) for layer in range(model.n_layers) for name in _of_neurons(model, layer)]
-        self.sites += model.adapter.scales()
-        self.values: dict[Site, Tensor] = {}
+    def __init__(self, sites: tuple[Site, ...]) -> None:
+        self.sites, self.values = sites, dict[Site, Tensor]()
 
     def hold(self, value: Tensor, site: Site) -> None:
         self.values[site] = full_precision(value)
@@ -290,14 +293,15 @@ _BEFORE = {"attn_in": "attention", "mlp_in": "the MLP"}
 
 
 def _of_mlp(model: Transformer, held: _Held, layer: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-    names = _of_neurons(model, layer)
-    if "pre" in names:
+    if ("pre", layer) in held.sites:
         function = model.adapter.activation(layer)
         assert function is not None
-        made = function(held["pre", layer]) * (held["pre_linear", layer] if "pre_linear" in names else 1)
+        made = function(held["pre", layer])
+        if ("pre_linear", layer) in held.sites:
+            made = made * held["pre_linear", layer]
         # but for a bias that is the same for every token
         yield "activations of neurons", made + (held["post", layer] - made)[:1, :1], held["post", layer]
-    if names:
+    if ("post", layer) in held.sites:
         written, out = _written_by_neurons(model, held, layer)
         yield "what neurons write", written, out
 
@@ -333,7 +337,7 @@ _Compared: TypeAlias = Iterator[tuple[str, int, Tensor, Tensor]]
 
 def _scaled(model: Transformer, tokens: Tensor, plain: _Held) -> _Compared:
     """The same sums in a run in which every value is multiplied: an edit that reached nothing, or too much, shows."""
-    held = _Held(model)
+    held = _Held(plain.sites)
     names = ["resid_pre", "v", "pattern", "z", "attn_out", "post", "mlp_out", "resid_post"]
     factor = {name: 0.95 - 0.05 * number for number, name in enumerate(names)}
     edits = {site: partial(held.scale, site=site, factor=factor[site[0]]) for site in held.sites if site[0] in names}
@@ -347,7 +351,7 @@ def _scaled(model: Transformer, tokens: Tensor, plain: _Held) -> _Compared:
         yield "edited patterns and values", layer, made * factor["z"], z
         written, out = _written(model, held, layer, z, factor["attn_out"])
         yield "edited outputs of heads", layer, written, out
-        if _of_neurons(model, layer):
+        if ("post", layer) in held.sites:
             yield "edited activations of neurons", layer, *_written_by_neurons(model, held, layer, factor["mlp_out"])
         middle = held["resid_pre", layer] + held["attn_out", layer]
         if model.has_mlp and not model.parallel:
@@ -358,7 +362,7 @@ def _scaled(model: Transformer, tokens: Tensor, plain: _Held) -> _Compared:
 
 def _skipping(model: Transformer, tokens: Tensor, plain: _Held) -> _Compared:
     """What the connections around sublayers carry is halved, and what sublayers read is not."""
-    held = _Held(model)
+    held = _Held(plain.sites)
     names = ["skip_attn", *(["skip_mlp"] if model.has_mlp else [])]
     edits = {(name, layer): _halved for name in names for layer in range(model.n_layers)}
     values = ("v", "attn_out", "mlp_in", "mlp_out")
@@ -392,7 +396,7 @@ def _reading(model: Transformer, tokens: Tensor, plain: _Held) -> _Compared:
     if model.has_mlp:
         made_of["mlp_in",] = ("mlp_out", "edited inputs of the MLP")
     cases = [(names, layer) for names in made_of for layer in range(model.n_layers)]
-    held = _Held(model)
+    held = _Held(plain.sites)
 
     def exchange(value: Tensor, row: int, site: Site) -> Tensor:
         value = value.clone()

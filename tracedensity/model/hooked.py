@@ -8,7 +8,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tracedensity.model.adapter import NormName, Shape, Site, Visiting, coupled, named_weights, remade
+from tracedensity.model.adapter import (
+    SCALES,
+    NormName,
+    Shape,
+    Site,
+    Visiting,
+    coupled,
+    guests,
+    named_weights,
+    norm_of,
+    remade,
+)
 from tracedensity.model.norm import NormLayer
 from tracedensity.model.place import Input, Place, Point
 from tracedensity.model.precision import full_precision
@@ -93,7 +104,7 @@ class HookedAdapter:
             # there is a hook for it only where a flag is set; the module that reads it has a hook of PyTorch's
             return Input(getattr(block, self._norms.get("mlp_in", "mlp")))
         if name.endswith("_scale") and name != "final_scale":
-            norm = {"attn_scale": "attn_out", "mlp_scale": "mlp_out"}.get(name, name.removesuffix("_scale"))
+            norm = norm_of(name)
             return Point(getattr(block, self._norms[norm]).hook_scale) if norm in self._norms else None
         if name == "resid_mid" and self.model.cfg.attn_only:
             name = "resid_post"
@@ -106,9 +117,8 @@ class HookedAdapter:
         return remade(before, branch, after, edit)
 
     def scales(self) -> Iterator[Site]:
-        names = {"attn_in": "attn_in_scale", "attn_out": "attn_scale", "mlp_in": "mlp_in_scale", "mlp_out": "mlp_scale"}
         for layer in range(self.model.cfg.n_layers):
-            yield from ((names[norm], layer) for norm in self._norms)
+            yield from ((SCALES[norm], layer) for norm in self._norms)
         if self.model.cfg.normalization_type is not None:
             yield "final_scale", 0
 
@@ -178,18 +188,11 @@ class HookedAdapter:
         names = ["hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input"]
         if "attn_in" in self._norms:
             names += ["ln1.hook_scale", "ln1.hook_normalized"]
-        yield from self._guests(names)
+        yield from guests(self.model, names)
 
     def guests_of_groups(self) -> Iterator[str]:
         if not self.counts_ungrouped:
-            yield from self._guests(["attn.hook_k", "attn.hook_v", "attn.hook_rot_k"])
-
-    def _guests(self, names: list[str]) -> Iterator[str]:
-        for layer in range(self.model.cfg.n_layers):
-            for name in (f"blocks.{layer}.{each}" for each in names):
-                point = self.model.hook_dict.get(name)
-                if point is not None and point.fwd_hooks:
-                    yield name
+            yield from guests(self.model, ["attn.hook_k", "attn.hook_v", "attn.hook_rot_k"])
 
     # -- weights ---------------------------------------------------------------------------------
 

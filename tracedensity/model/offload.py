@@ -7,7 +7,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from tracedensity.model.spread import storages
+from tracedensity.model.spread import memory_of, storages
 
 _wanted: ContextVar[bool] = ContextVar("offload_activations", default=False)
 
@@ -45,7 +45,7 @@ def offloaded(model: torch.nn.Module) -> Iterator[None]:
     weights = storages(model)
 
     def pack(value: Tensor) -> Tensor | Callable[[], Tensor]:
-        return value if value.untyped_storage()._cdata in weights else away(value)
+        return value if memory_of(value) in weights else away(value)
 
     def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
         return kept if isinstance(kept, Tensor) else kept()

@@ -15,10 +15,14 @@ def home(model: torch.nn.Module) -> torch.device:
     raise ValueError("`model` must have weights, got one without any.")
 
 
+def memory_of(tensor: torch.Tensor) -> int:
+    """A number for the memory that a tensor shares with its views, also where nothing is in it."""
+    return tensor.untyped_storage()._cdata
+
+
 def storages(model: torch.nn.Module) -> dict[int, torch.UntypedStorage]:
-    """The memory of all weights and tables, once of those that share it, by a number that tells it apart."""
-    found = (each.untyped_storage() for each in (*model.parameters(), *model.buffers()))
-    return {storage._cdata: storage for storage in found}
+    """The memory of all weights and tables, once of those that share it, by its number."""
+    return {memory_of(each): each.untyped_storage() for each in (*model.parameters(), *model.buffers())}
 
 
 def bytes_of(model: torch.nn.Module) -> int:

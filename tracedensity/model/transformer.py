@@ -358,6 +358,11 @@ class Transformer(Shape):
             for name, parameter in module.named_parameters(recurse=False)
             if parameter.requires_grad
         ]
+        if any(parameter.is_inference() for parameter in self.model.parameters()):
+            raise ValueError(
+                f"`model` must have been loaded outside of `torch.inference_mode()`, got {self.name}, whose weights "
+                "can have no part in a gradient. Load it again, or take a method without gradients."
+            )
         try:
             for module, name in learning:
                 module._parameters[name].requires_grad_(False)

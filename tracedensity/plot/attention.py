@@ -32,6 +32,7 @@ _MAX_LABELS = 44  # along an axis; where there are more tokens, not all have one
 _KINDS = {"heads": "head", "neurons": "mlp"}
 _LENGTH = 9  # characters of a token's text
 _BAR, _GAP, _TITLE = 64, 10, 26  # px: the colour bar, between panels, above each
+_LABEL, _MARGINS = 10, 32  # px: from one label to the next; beside a figure on its page
 
 
 def plot_attention(
@@ -124,10 +125,11 @@ class _Grid:
         """As many columns as fit on a narrow page, or else on a wide one, but no more than three."""
         longest = max(len(shortened(visible(text), _LENGTH)) for text in texts) + 1 + len(str(len(texts) - 1))
         step = -(-len(texts) // _MAX_LABELS)
-        panel = 11 * min(len(texts), _MAX_LABELS)  # px in which labels do not touch
+        panel = _LABEL * min(len(texts), _MAX_LABELS)
         along = 6 * longest + 28
-        widths = {columns: along + _BAR + columns * (panel + _GAP) for columns in range(1, min(n_panels, 3) + 1)}
-        fit = [columns for limit in (_WIDE, NARROW) for columns in widths if columns > 1 and widths[columns] <= limit]
+        widths = {columns: along + _BAR + columns * (panel + _GAP) - _GAP for columns in range(1, min(n_panels, 3) + 1)}
+        narrow = NARROW - _MARGINS
+        fit = [columns for limit in (_WIDE, narrow) for columns in widths if columns > 1 and widths[columns] <= limit]
         columns = fit[-1] if fit else 1
         return cls(n_panels, columns, max(panel, 200), along, step, max(widths[columns], NARROW))
 
@@ -149,7 +151,7 @@ def _add_axes(figure: go.Figure, grid: _Grid, i: int, name: str) -> None:
     across, up = grid.domains(i)
     lowest, leftmost = i + grid.columns >= grid.n_panels, i % grid.columns == 0
     shared: dict[str, Any] = {
-        "tick0": 0, "dtick": grid.step, "tickfont": {"size": 9}, "ticks": "", "showline": False,
+        "tick0": 0, "dtick": grid.step, "tickfont": {"size": _LABEL - 1}, "ticks": "", "showline": False,
     }  # fmt: skip
     figure.update_layout({
         f"xaxis{i + 1}": {
