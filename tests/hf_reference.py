@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 Term: TypeAlias = Callable[[str, str, Tensor], Tensor]
 
@@ -593,6 +594,43 @@ class Reference:
             writer, reader = edge.split("->")
             gradient = torch.stack([run[reader] for run in runs]).mean(0)
             scores[edge] = float(((there.writers[writer] - here.writers[writer]) * gradient).sum())
+        return scores
+
+    def _neurons(self, layer: int, x: Tensor) -> Tensor:
+        """What each neuron of an MLP writes, ``[neuron, pos, d_model]``: the last projection of what it reads alone."""
+        projections = [module for module in self.blocks[layer].modules() if isinstance(module, nn.Linear | Conv1D)]
+        calls: list[tuple[nn.Module, Tensor]] = []
+        with ExitStack() as stack:
+            for module in projections:
+                stack.enter_context(_hooked(module, lambda module, inputs, _: calls.append((module, inputs[0]))))
+            self._mlp(layer, x)
+        out, activations = calls[-1]
+        activations = activations.flatten(0, -2)
+        bias = out(torch.zeros_like(activations))
+        alone = torch.eye(activations.shape[-1], dtype=torch.float64)
+        parts = torch.stack([out(activations * one) - bias for one in alone])
+        if self.layout.mlp_post is None:
+            return parts
+        whole = parts.sum(0) + bias
+        return parts * (self._through(layer, self.layout.mlp_post, whole) / whole)
+
+    @_in_double
+    def neuron_scores(
+        self, clean: Sequence[int], corrupted: Sequence[int], answer: int, distractor: int
+    ) -> dict[str, Tensor]:
+        """Scores ``[neuron]`` of method ``"eap"``, by the edge of the whole MLP that they are parts of."""
+        with torch.no_grad():
+            runs = [self.trace(tokens) for tokens in (clean, corrupted)]
+            here, there = (
+                [self._neurons(layer, run.readers[f"m{layer}"]) for layer in range(self.n_layers)] for run in runs
+            )
+        gradients = self._gradients(clean, answer, distractor, None, False)
+        scores = {}
+        for reader in self.readers():
+            for layer in range(self.n_layers):
+                if f"m{layer}" in self.writers_into(reader):
+                    change = (there[layer] - here[layer]) * gradients[reader]
+                    scores[f"m{layer}->{reader}"] = change.sum((1, 2))
         return scores
 
     def _component_flow(self, trace: Trace, ungroup: bool) -> dict[str, float]:

@@ -4,6 +4,7 @@ The reference knows nothing of TransformerLens: two classes, or two versions, th
 """
 
 import warnings
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -106,17 +107,14 @@ def test_scores_of_the_token_graph(name, kind, method):
     for each in expected:
         assert apart(found.values[each], expected[each]) < TOLERANCE
     greedy = rank_edges(found.graph, expected, "greedy", PROVENANCE)
-    in_order = [
-        torch.cat([scores.flatten() for scores in ranking_scores(found, ranking)]) for ranking in (found.rank(), greedy)
-    ]
-    assert apart(*in_order) < TOLERANCE
+    assert apart(in_order(found, found.rank()), in_order(found, greedy)) < TOLERANCE
 
 
-def ranking_scores(scores: td.Scores, ranking: td.Ranking) -> list[Tensor]:
+def in_order(scores: td.Scores, ranking: td.Ranking) -> Tensor:
     """Scores of all edges in the order in which they enter."""
     rank = torch.cat([each.flatten() for each in ranking.rank.values()])
     values = torch.cat([scores.values[kind].flatten() for kind in ranking.rank])
-    return [values[rank >= 0][rank[rank >= 0].argsort()]]
+    return values[rank >= 0][rank[rank >= 0].argsort()]
 
 
 @over(*PARALLEL)
@@ -132,14 +130,21 @@ def test_minimal_sizes_of_the_token_graph(name, kind):
     """Those of the published estimator, found again with the reference's own runs of the same circuits."""
     curve = td.density(model_of(name, kind), CLEAN, method="norm")
     full = reference(name).logits(CLEAN).softmax(-1)
-    faithful = []
-    for size in curve.sizes.tolist():
-        logits = reference(name).token_logits(CLEAN, curve.ranking.circuit(size).kept)
-        faithful.append(1 - float((logits.softmax(-1) - full).abs().sum() / 2))
-    torch.testing.assert_close(curve.faithfulness.double(), torch.tensor(faithful).double(), rtol=0, atol=TOLERANCE)
+
+    def faithful(circuit: td.Circuit) -> float:
+        logits = reference(name).token_logits(CLEAN, circuit.kept)
+        return 1 - float((logits.softmax(-1) - full).abs().sum() / 2)
+
+    assert_minimal_sizes(curve, faithful)
+
+
+def assert_minimal_sizes(curve: td.DensityCurve, faithful: Callable[[td.Circuit], float]) -> None:
+    sizes = curve.sizes.tolist()
+    expected = [faithful(curve.ranking.circuit(size)) for size in sizes]
+    assert apart(curve.faithfulness, expected) < TOLERANCE
     for threshold in (0.5, 0.8, 0.9, 0.95):
-        reached = [size for size, each in zip(curve.sizes.tolist(), faithful, strict=True) if each >= threshold]
-        if min(abs(each - threshold) for each in faithful) > TOLERANCE:
+        if min(abs(each - threshold) for each in expected) > TOLERANCE * max(map(abs, expected)):
+            reached = [size for size, each in zip(sizes, expected, strict=True) if each >= threshold]
             assert curve.minimal_size(threshold) == reached[0]
 
 
@@ -158,6 +163,11 @@ def assert_scores(name: str, model: Any, method: str, ungroup: bool = False) -> 
     assert len(expected) == found.graph.n_edges
     places = [found.graph.edge_index(edge)[1] for edge in expected]
     assert apart([float(found.values["edge"][place]) for place in places], list(expected.values())) < TOLERANCE
+    importance = torch.zeros_like(found.values["edge"])
+    for place, score in zip(places, expected.values(), strict=True):
+        importance[place] = abs(score)
+    greedy = rank_edges(found.graph, {"edge": importance}, "greedy", PROVENANCE)
+    assert apart(in_order(found, found.rank()).abs(), in_order(found, greedy).abs()) < TOLERANCE
 
 
 @pytest.mark.parametrize("method", ["eap", "eap-ig", "flow"])
@@ -172,13 +182,34 @@ def test_scores_where_every_head_has_keys_and_values_of_its_own(name, kind, meth
     assert_scores(name, model_of(name, kind), method, ungroup=True)
 
 
+@cache
+def logits_of_circuit(name: str, kept: frozenset[str], ungroup: bool = False) -> Tensor:
+    return reference(name).component_logits(CLEAN, CORRUPTED, kept, ungroup=ungroup)
+
+
+def edges_of(circuit: td.Circuit) -> frozenset[str]:
+    return frozenset(circuit.graph.edge_name("edge", tuple(place)) for place in circuit.kept["edge"].nonzero().tolist())
+
+
+@over()
+def test_minimal_sizes_of_the_component_graph(name, kind):
+    curve = td.density(
+        model_of(name, kind), TASK, graph="component", method="eap", ablation="counterfactual", metric="logit_diff",
+        thresholds=(0.5, 0.8, 0.9, 0.95), baselines=False,
+    )  # fmt: skip
+
+    def difference(kept: frozenset[str]) -> float:
+        logits = logits_of_circuit(name, kept)
+        return float(logits[ANSWER] - logits[DISTRACTOR])
+
+    whole, nothing = difference(edges_of(curve.ranking.circuit(curve.n_edges))), difference(frozenset())
+    assert_minimal_sizes(curve, lambda circuit: (difference(edges_of(circuit)) - nothing) / (whole - nothing))
+
+
 def assert_circuits(name: str, model: Any, *, ungroup: bool = False, folded: bool = False) -> None:
     graph = ComponentGraph.of(as_transformer(model), ungroup=ungroup)
     circuits = random_circuits(graph, (1.0, 0.95, 0.8, 0.5, 0.2, 0.0), "counterfactual")
-    expected = []
-    for circuit in circuits:
-        kept = {graph.edge_name("edge", tuple(place)) for place in circuit.kept["edge"].nonzero().tolist()}
-        expected.append(reference(name).component_logits(CLEAN, CORRUPTED, kept, ungroup=ungroup))
+    expected = [logits_of_circuit(name, edges_of(circuit), ungroup) for circuit in circuits]
     both = [logits_of(model, TASK, circuits), torch.stack(expected)]
     if folded:  # which may have centred the unembedding
         both = [logits - logits.mean(-1, keepdim=True) for logits in both]
@@ -255,13 +286,14 @@ def test_neurons_are_told_apart(name, kind):
         if not as_transformer(model).adapter.norm("mlp_out", 0):
             torch.testing.assert_close(bias, bias[:, :1].expand_as(bias), rtol=1e-4, atol=1e-4)
     neurons = td.attribute(model, TASK, graph="component", method="eap", neurons=True)
-    whole = component_scores(model, "eap")
-    of_neurons, of_mlps = (
-        torch.stack([each.values["edge"][each.graph.mlp_of(layer)].sum(0) for layer in range(each.graph.n_layers)])
-        for each in (neurons, whole)
-    )
+    expected = reference(name).neuron_scores(CLEAN, CORRUPTED, ANSWER, DISTRACTOR)
+    readers = [edge.split("->") for edge in expected]
+    found = torch.stack([
+        neurons.values["edge"][neurons.graph.mlp_of(int(mlp[1:]))][:, neurons.graph.readers.index(reader)]
+        for mlp, reader in readers
+    ])  # fmt: skip
     assert neurons.graph.d_mlp == as_transformer(model).d_mlp
-    assert apart(of_neurons, of_mlps) < TOLERANCE
+    assert apart(found, torch.stack([*expected.values()])) < TOLERANCE
 
 
 @over(among=EXPERTS)

@@ -25,8 +25,7 @@ from transformers import (
 from transformers import logging as hugging_face_logging
 
 import tracedensity as td
-from tracedensity import loading
-from tracedensity.loading import ASSETS, bundled_models
+from tracedensity.loading import ASSETS, bundled, bundled_models, converted, entry
 
 TOKENIZER = ASSETS / "tokenizer"
 CONFIGS = {
@@ -176,7 +175,7 @@ def test_a_tilde_is_the_home_folder(folder, monkeypatch):
 
 @pytest.mark.parametrize("folder", ["gemma-like"], indirect=True)  # learned positions are all kept
 @pytest.mark.parametrize(
-    ("backend", "n_ctx"), [pytest.param("hooked", loading.LONGEST_CONTEXT, marks=hooked_only), ("bridge", 131_072)]
+    ("backend", "n_ctx"), [pytest.param("hooked", converted.LONGEST_CONTEXT, marks=hooked_only), ("bridge", 131_072)]
 )
 def test_a_long_context_is_limited_where_positions_allow_it_and_memory_asks_for_it(broken, backend, n_ctx):
     config = json.loads((broken / "config.json").read_text())
@@ -240,16 +239,16 @@ def test_a_file_in_place_of_a_folder_is_refused(folder):
 @pytest.mark.parametrize("backend", [pytest.param("hooked", marks=hooked_only), "bridge"])
 def test_a_conversion_that_loses_weights_is_refused(folder, backend, monkeypatch):
     """As TransformerLens would do with a bias that it does not know of."""
-    name = {"hooked": "_converted", "bridge": "_bridged"}[backend]
-    converted = getattr(loading, name)
+    name = {"hooked": "_converted", "bridge": "bridged"}[backend]
+    convert = getattr(converted, name)
 
     def lossy(*arguments):
-        model = converted(*arguments)
+        model = convert(*arguments)
         with torch.no_grad():
             model.blocks[0].mlp.W_out.zero_()
         return model
 
-    monkeypatch.setattr(loading, name, lossy)
+    monkeypatch.setattr(converted, name, lossy)
     with pytest.raises(ValueError, match="whose logits come out different by"):
         td.load_model(folder, backend=backend)
     if backend == "hooked":
@@ -317,7 +316,8 @@ def test_what_is_left_of_the_difference_is_rounding(name):
 
 def test_a_bundled_name_wins_over_a_folder_of_that_name(folder, tmp_path, monkeypatch):
     """`./name` is the folder."""
-    monkeypatch.setattr(loading, "ASSETS", tmp_path / "assets")
+    for room in (bundled, entry):
+        monkeypatch.setattr(room, "ASSETS", tmp_path / "assets")
     shutil.copytree(folder, tmp_path / "assets" / "books-gpt2")
     shutil.copytree(TOKENIZER, tmp_path / "assets" / "tokenizer")
     (tmp_path / "books-gpt2").mkdir()

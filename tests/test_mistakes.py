@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from families import bridged
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from test_families import model_of
@@ -133,13 +132,15 @@ def test_a_model_in_any_state_gives_the_same_numbers(kind, data):
     assert_unchanged(before, picture(model))
 
 
-@USUAL
+@settings(USUAL, max_examples=8)
 @given(data=st.data())
 @pytest.mark.parametrize("kind", KINDS)
 def test_hooks_of_the_user_count_and_survive(kind, data):
     """The prediction is that of the hooked model, the scores are others, and the hooks fire afterwards."""
     name = data.draw(st.sampled_from(("gpt2", "llama3")))
     work = WORK[data.draw(st.sampled_from(work_on(name)))]
+    states = data.draw(st.lists(st.sampled_from(list(STATES)), unique=True, max_size=2))
+    inference = data.draw(st.booleans())
     sites = data.draw(st.lists(st.sampled_from(HOOKED_SITES), unique=True, min_size=1, max_size=2))
     model, calls = a_new(name, kind), []
     plain = work(model)
@@ -153,12 +154,19 @@ def test_hooks_of_the_user_count_and_survive(kind, data):
     tokens = torch.tensor([PROMPT])
     with torch.no_grad():
         hooked = model(tokens)[:, -1]
-    torch.testing.assert_close(as_transformer(model).logits(tokens), hooked, rtol=1e-4, atol=1e-4)
-    found = work(model)
+    expected = work(model)
+    for state in sorted(states, key=lambda each: each == "compiled"):
+        model = STATES[state](model)
+    with torch.inference_mode() if inference else nullcontext():
+        found = work(model)
+        seen = as_transformer(model)
+        with seen.settled():
+            torch.testing.assert_close(seen.logits(tokens).clone(), hooked, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.clone(), expected, rtol=1e-4, atol=1e-4)
     assert found.shape != plain.shape or not torch.allclose(found, plain, rtol=1e-3, atol=1e-4)
     calls.clear()
     with torch.no_grad():
-        torch.testing.assert_close(model(tokens)[:, -1], hooked)
+        torch.testing.assert_close(model.eval()(tokens)[:, -1], hooked)
     assert len(calls) == len(sites)
 
 
@@ -177,14 +185,48 @@ def test_weights_that_were_made_in_inference_mode_are_one_sentence(kind):
         td.attribute(model, PROMPT, method="eap")
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama3"])
-def test_weights_of_mixed_precision_are_one_sentence(name):
-    """One layer was converted and the others were not."""
-    model = bridged(name)
-    model.blocks[1].mlp.to(torch.float16)
-    with pytest.raises(ValueError, match=r"`model` must run by itself, .* whose own forward pass fails: ") as error:
+@pytest.mark.parametrize("part", ["blocks.1.mlp", "embed", "unembed"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_of_mixed_precision_are_one_sentence(kind, dtype, part):
+    """One part was converted and the others were not, before the model is first seen or later."""
+    model = a_new("llama3", kind)
+    if part == "embed":
+        td.check_model(model)
+    model.get_submodule(part).to(dtype)
+    words = rf"must have weights of one precision, got llama3 with torch.* \(.*{dtype} \(.*`model.to\(...\)`"
+    with pytest.raises(ValueError, match=words if part != "embed" else rf"llama3 with {dtype} \(.*embed.*float32 \("):
         td.attribute(model, PROMPT, method="norm")
-    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("part", ["blocks.1", "blocks.1.mlp"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_parts_are_one_sentence(kind, part):
+    model = a_new("llama3", kind)
+    parent, _, name = part.rpartition(".")
+    setattr(model.get_submodule(parent), name, torch.compile(model.get_submodule(part), backend="eager"))
+    with pytest.raises(ValueError, match=f"must not have parts that `torch.compile` has wrapped.*such '{part}'"):
+        td.attribute(model, PROMPT, method="norm")
+
+
+@pytest.mark.parametrize("part", ["blocks.1", "blocks.1.attn", "blocks.1.mlp", "blocks.1.ln1"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_hooks_of_pytorch_are_named_where_sums_do_not_hold(kind, part):
+    model = a_new("llama3", kind)
+
+    def halve(module: object, inputs: object, output: Any) -> Any:
+        return output / 2 if isinstance(output, torch.Tensor) else (output[0] / 2, *output[1:])
+
+    handle = model.get_submodule(part).register_forward_hook(halve)
+    words = rf"got llama3.*The hook of PyTorch's on '{part}' may be why"
+    with pytest.raises(ValueError, match=words):
+        td.attribute(model, PROMPT, method="norm")
+    handle.remove()
+    seen = []
+    model.get_submodule(part).register_forward_hook(lambda *_: seen.append(part))
+    expected = td.attribute(model_of("llama3", kind), PROMPT, method="norm").values["head"]
+    assert torch.equal(td.attribute(model, PROMPT, method="norm").values["head"], expected)
+    assert seen
 
 
 @pytest.mark.parametrize("work", WORK)

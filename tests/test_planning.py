@@ -83,6 +83,17 @@ def test_an_architecture_that_is_no_decoder_is_one_sentence():
     assert "\n" not in str(error.value)
 
 
+def test_an_architecture_that_cannot_be_split_is_refused_by_name():
+    from transformers import FalconConfig
+
+    config = FalconConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_kv_heads=2,
+        new_decoder_architecture=True,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"got 'falcon': TransformerLens cannot split .* Falcon's new decoder"):
+        td.plan(config, 5, method="eap")
+
+
 def test_weights_are_those_of_the_model(model):
     storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in [*model.parameters(), *model.buffers()]}
     assert td.plan(model, 8).weights == sum(tensor.untyped_storage().nbytes() for tensor in storages.values())

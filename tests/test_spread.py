@@ -11,7 +11,8 @@ from families import bridged, hugging_face
 
 import tracedensity as td
 from benchmarks.lens import HAS_HOOKED
-from tracedensity import loading
+from tracedensity.loading.converted import bridged as bridge_of
+from tracedensity.loading.wanted import Wanted
 from tracedensity.model import as_transformer
 from tracedensity.model.offload import away
 
@@ -77,8 +78,8 @@ def test_layers_on_several_devices(name):
     expected = {each: WORK[each](model) for each in work_on(name)}
     device_map = layers_apart(hf_model)
     with spread(hf_model, device_map) as devices:
-        wanted = loading._Wanted(None, torch.float32, ("bridge",), device_map)
-        apart = loading._bridged(hf_model, name, wanted, None)
+        wanted = Wanted(None, torch.float32, ("bridge",), device_map)
+        apart = bridge_of(hf_model, name, wanted, None)
         apart.cfg.model_name = name
         assert len({parameter.device for parameter in apart.parameters()}) == 3
         assert as_transformer(apart).device == torch.device("xpu:0")
@@ -95,9 +96,7 @@ def test_devices_that_are_made_up_refuse_what_real_ones_do(monkeypatch):
     device_map = layers_apart(hf_model)
     monkeypatch.setattr("tracedensity.model.transformer.Transformer._at_home", lambda self, visit: visit)
     with spread(hf_model, device_map):
-        apart = loading._bridged(
-            hf_model, "llama3", loading._Wanted(None, torch.float32, ("bridge",), device_map), None
-        )
+        apart = bridge_of(hf_model, "llama3", Wanted(None, torch.float32, ("bridge",), device_map), None)
         with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
             td.attribute(apart, TASK, graph="component", method="eap")
 

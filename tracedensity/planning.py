@@ -209,7 +209,7 @@ class _Sketch:
 
 
 def _sketch(model_or_config: object, dtype: torch.dtype | None) -> _Sketch:
-    from tracedensity.loading import configuration
+    from tracedensity.loading.configuration import configuration
 
     config = configuration(model_or_config)
     if config is not None:
@@ -225,7 +225,7 @@ def _sketch(model_or_config: object, dtype: torch.dtype | None) -> _Sketch:
 
 
 def _sketch_of_config(config: Any, dtype: torch.dtype) -> _Sketch:
-    from tracedensity.loading import miniature, weight_bytes
+    from tracedensity.loading.configuration import miniature, weight_bytes
 
     two, three = (as_transformer(miniature(config, n_layers, dtype)) for n_layers in (2, 3))
     n_layers = config.num_hidden_layers

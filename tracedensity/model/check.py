@@ -63,6 +63,7 @@ class ModelReport:
         findings: What was compared, each with the layer where it is worst.
         first: Where in the computation something does not hold first; None if everything does.
         granularities: What the model can be taken apart into; "" or, where it cannot, why.
+        torch_hooks: Modules on which there are hooks of PyTorch's that are not TransformerLens' own.
     """
 
     name: str
@@ -74,6 +75,7 @@ class ModelReport:
     findings: tuple[Finding, ...]
     first: Finding | None
     granularities: dict[str, str]
+    torch_hooks: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -85,10 +87,16 @@ class ModelReport:
         bad = self.first
         if bad is not None:
             where = f"layer {bad.layer}" if bad.layer >= 0 else "the model"
+            why = (
+                f" The hook of PyTorch's on {self.torch_hooks[0]!r} may be why: one of TransformerLens' "
+                "(`model.add_hook`) is understood."
+                if self.torch_hooks
+                else ""
+            )
             raise ValueError(
                 f"`model` must compute what its graph says, got {self.name} ({self.kind}, TransformerLens "
                 f"{self.transformer_lens}): in {where} {bad.quantity} is off by {bad.error:.1%} of the largest number. "
-                "Scores and circuits would be wrong. `td.check_model` says more."
+                f"Scores and circuits would be wrong. `td.check_model` says more.{why}"
             )
 
     def table(self) -> "pd.DataFrame":
@@ -115,11 +123,12 @@ class ModelReport:
 
 
 def examined(model: Transformer) -> ModelReport:
-    """The report on a model, made once as long as its class, precision and flags stay the same.
+    """The report on a model, made once as long as its class, precision, flags and PyTorch's hooks stay the same.
 
     A model that gives NaN is not judged here: what is run on it says where that comes from.
     """
-    state = (model.adapter.state(), model.dtype, str(model.device))
+    precisions = frozenset(parameter.dtype for parameter in model.model.parameters())
+    state = (model.adapter.state(), precisions, str(model.device), _torch_hooks(model))
     known = _EXAMINED.get(model.model)
     if known is not None and known[0] == state:
         return known[1]
@@ -133,6 +142,7 @@ _EXAMINED: WeakKeyDictionary[Any, tuple[object, ModelReport]] = WeakKeyDictionar
 
 
 def _examine(model: Transformer) -> ModelReport:
+    _require_one_precision(model)
     grouped = model.n_kv_heads < model.n_heads
     heads = f"{model.n_heads} heads" + (f" that share {model.n_kv_heads} keys and values" if grouped else "")
     with torch.no_grad(), model.settled(), _alone(model):
@@ -147,7 +157,44 @@ def _examine(model: Transformer) -> ModelReport:
         findings,
         first,
         _granularities(model),
+        tuple(dict.fromkeys(name for name, _ in _torch_hooks(model))),
     )
+
+
+def _require_one_precision(model: Transformer) -> None:
+    """Raise a ValueError where one weight was converted and another was not; norms are often kept wide."""
+    seen: dict[torch.dtype, str] = {}
+    for name, parameter in model.model.named_parameters():
+        if parameter.is_floating_point() and parameter.dim() > 1:
+            seen.setdefault(parameter.dtype, known_as(name))
+    if len(seen) > 1:
+        (one, first), (other, second), *_ = seen.items()
+        raise ValueError(
+            f"`model` must have weights of one precision, got {model.name} with {one} ({first}) and {other} "
+            f"({second}). Convert it with `model.to(...)`."
+        )
+
+
+def _torch_hooks(model: Transformer) -> tuple[tuple[str, int], ...]:
+    """Hooks of PyTorch's that are not those of a hook point: the module, and a number that no other hook has."""
+    found = [
+        (module, number)
+        for module in model.model.modules()
+        for number, hook in (*module._forward_pre_hooks.items(), *module._forward_hooks.items())
+        if not str(getattr(hook, "__module__", "")).startswith("transformer_lens")
+        and not any(cls.__name__ == "HookPoint" for cls in type(module).__mro__)
+    ]
+    if not found:
+        return ()
+    # of a bridge's modules each has several names, of which TransformerLens' are the shorter ones
+    names = sorted(model.model.named_modules(remove_duplicate=False), key=lambda each: -len(known_as(each[0])))
+    name_of = {id(module): known_as(name) for name, module in names}
+    return tuple((name_of[id(module)], number) for module, number in found)
+
+
+def known_as(name: str) -> str:
+    """The name of a module, or of a weight, as users know it: without what a bridge wraps it in."""
+    return name.replace("._original_component", "")
 
 
 @contextmanager
@@ -174,8 +221,8 @@ def _findings(model: Transformer) -> tuple[tuple[Finding, ...], Finding | None]:
     tokens = torch.randint(model.d_vocab, (2, n_pos), generator=generator).to(model.device)
     try:
         whole = full_precision(model.adapter.predicted(tokens)[:, -1])
-    except RuntimeError as error:
-        line = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever a class of models, or a hook of PyTorch's, makes of it
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"`model` must run by itself, got {model.name} ({model.adapter.kind}, TransformerLens "
             f"{version('transformer-lens')}, {model.dtype}), whose own forward pass fails: {line}"

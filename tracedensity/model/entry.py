@@ -3,9 +3,11 @@
 import os
 from typing import Any
 
+import torch
+
 from tracedensity.model.adapter import Adapter
 from tracedensity.model.bridge import BridgeAdapter
-from tracedensity.model.check import ModelReport, examined
+from tracedensity.model.check import ModelReport, examined, known_as
 from tracedensity.model.hooked import HookedAdapter
 from tracedensity.model.transformer import Transformer
 
@@ -54,6 +56,7 @@ def _opened(model: object) -> Transformer:
 
         model = load_model(model)
     model = getattr(model, "_orig_mod", model)  # torch.compile wraps it, and would compile our hooks away
+    _require_uncompiled_parts(model)
     adapter = adapter_of(model)
     if adapter is None:
         raise ValueError(
@@ -61,6 +64,15 @@ def _opened(model: object) -> Transformer:
             f"`td.load_model`, got {type(model).__name__}."
         )
     return Transformer(**vars(adapter.shape()), adapter=adapter)
+
+
+def _require_uncompiled_parts(model: Any) -> None:
+    for name, part in model.named_modules() if isinstance(model, torch.nn.Module) else ():
+        if "_orig_mod" in part._modules:
+            raise ValueError(
+                "`model` must not have parts that `torch.compile` has wrapped, whose hooks are compiled away, got "
+                f"one with such {known_as(name)!r}. Compile the whole model, or the part in place: `part.compile()`."
+            )
 
 
 def adapter_of(model: Any) -> Adapter | None:
