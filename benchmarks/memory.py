@@ -41,7 +41,7 @@ class Rows:
     """Counts tokens through a block; with a backward pass they count three times."""
 
     def __init__(self, model: Any) -> None:
-        self.block, self.tokens = model.blocks[0], 0
+        self.model, self.block, self.tokens = model, model.blocks[0], 0
 
     def __enter__(self) -> "Rows":
         def count(module: object, args: Any, kwargs: Any) -> None:
@@ -49,6 +49,8 @@ class Rows:
             self.tokens += stream.shape[0] * stream.shape[1] * (3 if torch.is_grad_enabled() else 1)
 
         self.handle = self.block.register_forward_pre_hook(count, with_kwargs=True)
+        td.check_model(self.model)  # once more because of the hook, and so that it is no part of what is measured
+        self.tokens = 0
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -116,7 +118,6 @@ def main() -> None:
     for name in given.models:
         for backend in (*(["hooked"] if HAS_HOOKED else []), "bridge"):
             model = td.load_model(name, backend=backend, dtype=getattr(torch, given.dtype))
-            td.check_model(model)  # once, so that it is no part of what is measured
             for n_tokens in map(int, given.tokens.split(",")):
                 if given.offload:
                     with offloading():
