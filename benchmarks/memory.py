@@ -18,6 +18,7 @@ import torch
 import tracedensity as td
 from benchmarks.lens import HAS_HOOKED
 from benchmarks.measure import allocated_bytes
+from tracedensity.model import as_transformer
 
 ON_TOKENS = ("norm", "norm-ratio", "flow", "cosine", "eap", "eap-ig", "eap-ig-layers")
 ON_COMPONENTS = [
@@ -78,7 +79,10 @@ def scoring(model: Any, n_tokens: int, jobs: Sequence[dict[str, Any]]) -> Iterat
     """For every job, what its plan says and what is measured."""
     prompt = made_up(n_tokens)
     for job in jobs:
-        plan = td.plan(model, n_tokens, **job)
+        try:
+            plan = td.plan(model, n_tokens, **job)
+        except ValueError:  # neurons of experts, the token graph of parallel blocks
+            continue
         with Rows(model) as rows:
             measured = allocated_bytes(lambda job=job: td.attribute(model, prompt, **job))
         passes = {"planned": plan.forward_passes, "measured": rows.tokens / n_tokens}
@@ -90,6 +94,8 @@ def running(model: Any, n_tokens: int) -> Iterator[dict[str, Any]]:
     """The same of circuits."""
     prompt = made_up(n_tokens)
     for graph in ("token", "component"):
+        if graph == "token" and as_transformer(model).parallel:
+            continue
         ranking = td.attribute(model, prompt, graph=graph, method="random", ablation="zero").rank()
         sizes = [ranking.n_edges * size // N_CIRCUITS for size in range(N_CIRCUITS)]
         plan = td.plan(model, n_tokens, graph=graph, method="random", ablation="zero", n_circuits=N_CIRCUITS)

@@ -170,7 +170,7 @@ _OLMO2: dict[str, Any] = {
     "rotary_base": 10000.0,
     "gated_mlp": True,
 }
-_BY_HAND: dict[str, tuple[str, dict[str, Any]]] = {
+BY_HAND: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma1": ("convert_gemma_weights", _GEMMA),
     "gemma2": (
         "convert_gemma_weights",
@@ -205,7 +205,7 @@ def hooked(name: str, dtype: torch.dtype = torch.float32) -> "HookedTransformer"
     if name in UNKNOWN:
         raise NotImplementedError(f"TransformerLens 3.9 has no HookedTransformer for {name!r}.")
     model = hugging_face(name)
-    built = _hooked_by_hand(model, name) if name in _BY_HAND else _loaded(model, "hooked")
+    built = _hooked_by_hand(model, name) if name in BY_HAND else _loaded(model, "hooked")
     built.cfg.model_name = name
     if dtype != torch.float32:
         built.to(dtype, print_details=False)
@@ -241,7 +241,7 @@ def _hooked_by_hand(model: PreTrainedModel, name: str) -> "HookedTransformer":
     from transformer_lens.pretrained import weight_conversions
 
     config: Any = model.config
-    converter, options = _BY_HAND[name]
+    converter, options = BY_HAND[name]
     n_kv_heads = config.num_key_value_heads
     cfg = HookedTransformerConfig(
         model_name=name,

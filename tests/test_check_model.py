@@ -224,3 +224,16 @@ def test_the_command_line_says_what_holds(capsys, monkeypatch):
     assert found["ok"] and found["dtype"] == "float32" and all(each["holds"] for each in found["findings"])
     assert main(["check", "books-gpt2", "--by", "node"]) != 0
     assert "leave out `--by` for a model" in capsys.readouterr().err
+
+
+def test_how_a_model_is_loaded_stands_before_the_command(capsys):
+    assert main(["--dtype", "bfloat16", "--backend", "bridge", "check", "books-llama", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["class"], found["dtype"]) == ("TransformerBridge", "bfloat16")
+    assert main(["--device-map", '{"": "cpu"}', "check", "books-llama", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["class"], found["dtype"]) == ("TransformerBridge", "float32")
+    assert main(["--device-map", '{"": ', "check", "books-llama"]) == 2
+    assert "`--device-map` must be a name or a JSON object" in capsys.readouterr().err
+    assert main(["--device-map", '{"": "cuda:99"}', "check", "books-llama"]) == 2
+    assert "`device_map` must name devices that this machine has, or 'disk', got 'cuda:99'" in capsys.readouterr().err

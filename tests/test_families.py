@@ -91,8 +91,10 @@ def random_circuits(graph: Any, shares: tuple[float, ...], ablation: str = "zero
 @over()
 def test_logits_are_those_of_hugging_face(name, kind):
     found = as_transformer(model_of(name, kind)).logits(torch.tensor([CLEAN, CORRUPTED]))
-    expected = torch.stack([reference(name).logits(tokens) for tokens in (CLEAN, CORRUPTED)])
+    expected = torch.stack([reference(name).plain_logits(tokens) for tokens in (CLEAN, CORRUPTED)])
     assert apart(found, expected) < TOLERANCE
+    put_together = torch.stack([reference(name).logits(tokens) for tokens in (CLEAN, CORRUPTED)])
+    assert apart(put_together, expected) < 1e-9
 
 
 # -- the token graph ---------------------------------------------------------------------------------
@@ -274,6 +276,17 @@ def test_a_model_is_the_same_model_as_either_class(name):
     one, other = (as_transformer(model_of(name, kind)) for kind in ("HookedTransformer", "TransformerBridge"))
     assert one.fingerprint() == other.fingerprint()
     assert one.vocabulary == other.vocabulary
+
+
+@over(among=("llama3",))
+def test_scaled_rotations_are_part_of_the_fingerprint(name, kind):
+    model = model_of.__wrapped__(name, kind)
+    usual = as_transformer(model).fingerprint()
+    if kind == "HookedTransformer":
+        model.cfg.NTK_by_parts_factor *= 2
+    else:
+        model.original_model.config.rope_parameters["factor"] *= 2
+    assert as_transformer(model).fingerprint() != usual
 
 
 @over(*EXPERTS)

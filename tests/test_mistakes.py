@@ -199,6 +199,35 @@ def test_weights_of_mixed_precision_are_one_sentence(kind, dtype, part):
         td.attribute(model, PROMPT, method="norm")
 
 
+@pytest.mark.parametrize("site", ["ln_final.hook_scale", "ln_final.hook_normalized", "unembed.hook_out"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_hooks_behind_the_last_block_are_one_sentence(kind, site):
+    """They would see one position where they see all in a run of the model's own."""
+    model = a_new("llama3", kind)
+
+    def forget_the_first(value: torch.Tensor, hook: object) -> torch.Tensor:
+        value = value.clone()
+        value[:, 0] = 0
+        return value
+
+    with model.hooks(fwd_hooks=[(site, forget_the_first)]):
+        for work in WORK.values():
+            with pytest.raises(ValueError, match=rf"no hook of yours at {site}, .*Hook blocks\.\d\.hook_resid_post"):
+                work(model)
+        assert td.check_model(model).ok
+    assert torch.equal(WORK["scores of tokens"](model), WORK["scores of tokens"](model_of("llama3", kind)))
+
+
+@pytest.mark.parametrize("work", WORK)
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_is_one_sentence(kind, work):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(ValueError, match=r"`torch.autocast` must be off where a model is explained, got .* cpu"):
+            WORK[work](model_of("llama3", kind))
+        with pytest.raises(ValueError, match="must be off"):
+            td.check_model(model_of("llama3", kind))
+
+
 @pytest.mark.parametrize("part", ["blocks.1", "blocks.1.mlp"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_parts_are_one_sentence(kind, part):

@@ -1,5 +1,6 @@
 """Plans: what they say is what is measured, on models and on configurations of models that nobody could run here."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import STORIES, random_model
-from families import hugging_face
+from families import BY_HAND, FAMILIES, UNKNOWN, bridged, hooked, hugging_face
 
 import tracedensity as td
 from benchmarks.lens import HAS_HOOKED
@@ -81,6 +82,46 @@ def test_an_architecture_that_is_no_decoder_is_one_sentence():
     ) as error:
         td.plan(T5Config(vocab_size=64, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2), 5, method="eap")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_configuration_of_every_family_is_planned(name):
+    config = copy.deepcopy(hugging_face(name).config)
+    plan = td.plan(config, 30, graph="component", method="eap", ablation="counterfactual")
+    model = td.load_model(bridged(name)) if name in UNKNOWN or not HAS_HOOKED else hooked(name)
+    whole = td.plan(model, 30, graph="component", method="eap", ablation="counterfactual")
+    assert (plan.n_edges, plan.forward_passes) == (whole.n_edges, whole.forward_passes)
+    if name not in BY_HAND:  # with tables of another size
+        assert plan.weights == pytest.approx(whole.weights, rel=0.1)
+    assert plan.activations == pytest.approx(whole.activations, rel=0.3)
+
+
+def test_experts_are_no_wider_in_half_precision():
+    """What gradients need of a product is its narrow weight, of an expert as of any other."""
+    config = copy.deepcopy(hugging_face("mixtral").config)
+    job = {"graph": "component", "method": "eap", "ablation": "counterfactual"}
+    wide, narrow = (td.plan(config, 30, dtype=dtype, **job) for dtype in (torch.float32, torch.bfloat16))
+    assert narrow.activations < 1.2 * wide.activations
+
+
+def test_long_rotations_and_recurrent_models():
+    from transformers import MambaConfig, Phi3Config
+
+    factors = {"rope_type": "longrope", "short_factor": [1.0] * 24, "long_factor": [2.0] * 24}
+    config = Phi3Config(
+        vocab_size=64, hidden_size=192, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=4096, original_max_position_embeddings=256, pad_token_id=0,
+        rope_parameters={**factors, "rope_theta": 10000.0},
+    )  # fmt: skip
+    assert td.plan(config, 100, graph="component", method="eap").activations > 0
+    with pytest.raises(ValueError, match="must have an architecture that TransformerLens can convert, got 'mamba'"):
+        td.plan(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2), 100)
+
+
+@pytest.mark.parametrize("thing", [{"n_layers": 2}, 3, torch.nn.Linear(2, 2)])
+def test_something_else_is_refused(thing):
+    with pytest.raises(ValueError, match="`model_or_config` must be a model of TransformerLens, a configuration of"):
+        td.plan(thing, 9)
 
 
 def test_an_architecture_that_cannot_be_split_is_refused_by_name():

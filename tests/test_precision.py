@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, bridged
+from families import FAMILIES, bridged, hugging_face
 from torch import Tensor
 
 import tracedensity as td
@@ -102,3 +102,12 @@ def test_scores_of_every_family_are_computed_in_float32(name, dtype):
         assert rank_weighted_error(found.flatten().double(), expected.flatten().double()) < ALLOWED[dtype]
     assert all(parameter.dtype == dtype for parameter in narrow.parameters())
     assert all(torch.equal(parameter, before[name]) for name, parameter in narrow.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", ALLOWED)
+def test_experts_in_half_precision_become_a_bridge(dtype, tmp_path):
+    """`HookedTransformer` has them in float32 whatever is asked for, and cannot run then."""
+    hugging_face("mixtral").save_pretrained(tmp_path / "mixtral")
+    model = td.load_model(tmp_path / "mixtral", dtype=dtype)
+    assert type(model).__name__ == "TransformerBridge"
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}

@@ -547,3 +547,10 @@ def test_the_model_is_left_as_it_was_after_an_error_in_the_middle(error, n_passe
 def test_the_graph_of_a_prompt_is_of_its_tokens(made):
     assert all(isinstance(finding.circuit.graph, TokenGraph) for finding in made.findings)
     assert repr(made).count("DensityCurve: ") == 2
+
+
+def test_several_prompts_are_one_sentence(own_model):
+    with pytest.raises(ValueError, match="`prompt` must be one prompt, or a `Task` of several, got several prompts"):
+        td.report(own_model, [[1, 2, 3], [2, 1, 3]])
+    with pytest.raises(ValueError, match=r"must be one prompt here, got a list of 2\. `td.density` takes several"):
+        td.attribute(own_model, [[1, 2, 3], [2, 1, 3]])

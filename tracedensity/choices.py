@@ -20,6 +20,12 @@ Method = Literal[TokenMethod, ComponentMethod]
 DensityMethod = Literal[Method, "best", "exhaustive"]
 """What circuits a density curve is made of, see `tracedensity.density`."""
 
+Backend = Literal["hooked", "bridge"]
+"""A class of TransformerLens: `HookedTransformer` (3.9) or `TransformerBridge` (3.9 and 4)."""
+
+Precision = Literal["float32", "bfloat16", "float16", "float64"]
+"""What weights are in."""
+
 GraphName = Literal["token", "component"]
 """What an edge is, see `TokenGraph` and `ComponentGraph`."""
 

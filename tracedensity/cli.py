@@ -18,12 +18,14 @@ import tracedensity as td
 from tracedensity.choices import (
     Ablation,
     Attention,
+    Backend,
     ComponentMethod,
     DensityMethod,
     FaithfulnessMetric,
     Family,
     GraphName,
     Method,
+    Precision,
     Question,
     TaskName,
 )
@@ -43,6 +45,7 @@ _words: list[
 ] = []  # of the command that is run; typer's own context is of a class that its annotation does not name
 
 _during = ExitStack()  # what options before the command open, closed when it is done
+_wanted: dict[str, Any] = {}  # what they say of how a model is loaded
 
 app = typer.Typer(
     add_completion=False,
@@ -60,6 +63,7 @@ ModelOption = Annotated[
 DeviceOption = Annotated[
     str | None, typer.Option(metavar="D", help="Where to run, such as cpu or cuda.", show_default=False)
 ]
+DtypeOption = Annotated[Precision | None, typer.Option(help="Precision of the weights.", show_default="float32")]
 HtmlOption = Annotated[Path | None, typer.Option(metavar="OUT", help="Write a page with figures to this file.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 PromptArgument = Annotated[
@@ -133,6 +137,22 @@ def _print_version(wanted: bool) -> bool:
     return wanted
 
 
+def _dtype_of(name: str | None) -> Any:
+    import torch
+
+    return None if name is None else getattr(torch, name)
+
+
+def _map_of(given: str | None) -> Any:
+    """Where layers go, as `load_model` takes it."""
+    if given is None or not given.lstrip().startswith("{"):
+        return given
+    try:
+        return json.loads(given)
+    except ValueError as error:
+        raise ValueError(f"`--device-map` must be a name or a JSON object, got {given!r}: {error}.") from error
+
+
 @app.callback()
 def _root(
     version: Annotated[
@@ -145,10 +165,27 @@ def _root(
             help="Keep what gradients need of each layer in main memory, for a model that fills its device.",
         ),
     ] = False,
+    dtype: DtypeOption = None,
+    backend: Annotated[
+        Backend | None,
+        typer.Option(help="The class of TransformerLens that is made of a model.", show_default="whichever there is"),
+    ] = None,
+    device_map: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MAP",
+            help='How layers are spread: auto, or a JSON object of modules and devices, {"model.layers.0": 0, ...}.',
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """How much of a language model does one prediction need, which part, and why?"""
     if offload:
         _during.enter_context(td.offload_activations())
+    _wanted.clear()
+    _wanted.update(_given(backend=backend, device_map=_map_of(device_map)))
+    if dtype is not None:
+        _wanted["dtype"] = _dtype_of(dtype)
 
 
 @app.command()
@@ -257,7 +294,7 @@ def density(
         seed=seed,
     )
     with _quiet():
-        loaded = td.load_model(**_given(name_or_model=model, device=device))
+        loaded = _loaded(model, device)
         curve = td.density(loaded, _subject(loaded, prompt, task, pairs, n, solved, same_length, seed), **given)
         if save is not None:
             curve.save(save)
@@ -305,7 +342,7 @@ def attribute(
         ungroup=ungroup, positions=positions, neurons=neurons, target=target, position=position, seed=seed,
     )  # fmt: skip
     with _quiet():
-        loaded = td.load_model(**_given(name_or_model=model, device=device))
+        loaded = _loaded(model, device)
         scores = td.attribute(loaded, _subject(loaded, prompt, task, pairs, n, solved, same_length, seed), **options)
         if nodes is None:
             table = scores.top(top)
@@ -364,7 +401,7 @@ def circuit(
         position=position, seed=seed,
     )  # fmt: skip
     with _quiet():
-        loaded = td.load_model(**_given(name_or_model=model, device=device))
+        loaded = _loaded(model, device)
         if benchmark is not None and (
             positions or (not ungroup and td.ComponentGraph.of(as_transformer(loaded)).grouped)
         ):
@@ -647,7 +684,7 @@ def report(
         ablation=ablation, keep_residual=keep_residual, faithfulness=faithfulness, position=position, seed=seed,
     )  # fmt: skip
     with _quiet():
-        loaded = td.load_model(**_given(name_or_model=model, device=device))
+        loaded = _loaded(model, device)
         subject = _subject(loaded, prompt, task, pairs, n, solved, same_length, seed)
         other = None if compare is None else _prompt(compare)
         made = replace(td.report(loaded, subject, compare=other, **options), command=_written(_words))
@@ -704,7 +741,7 @@ def activations(
         raise ValueError("`--heads` must come with `--html`, for which it chooses whose attention is drawn.")
     _require_folders(html)
     with _quiet():
-        loaded = td.load_model(**_given(name_or_model=model, device=device))
+        loaded = _loaded(model, device)
         held = td.capture(loaded, _prompt(prompt), **_given(position=position))
         about = held.transformer
         tops = [held.top_heads(min(top, about.n_layers * about.n_heads))]
@@ -735,7 +772,7 @@ def strip(
 
     _require_folders(html)
     with _quiet():
-        loaded = td.load_model(**_given(name_or_model=model, device=device))
+        loaded = _loaded(model, device)
         tokens = as_transformer(loaded).tokens(_prompt(text))
         options = {"thresholds": (threshold,), "baselines": False, **_given(method=method)}
         curves = [td.density(loaded, tokens, position=position, **options) for position in range(len(tokens))]
@@ -760,18 +797,13 @@ def plan(
     circuits: Annotated[
         int | None, typer.Option(help="How many circuits are run on each of them.", show_default="0")
     ] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Precision of the weights.", show_default="float32"),
-    ] = None,
+    dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """What would scoring the edges of a model need, in memory and work? Its weights are not loaded."""
-    import torch
-
     options = _given(
         graph=graph, method=method, ablation=ablation, steps=steps, ungroup=ungroup, positions=positions,
-        neurons=neurons, n_examples=n, n_circuits=circuits, dtype=dtype and getattr(torch, dtype),
+        neurons=neurons, n_examples=n, n_circuits=circuits, dtype=_dtype_of(dtype) or _wanted.get("dtype"),
     )  # fmt: skip
     with _quiet():
         planned = td.plan(model, tokens, **options)
@@ -901,12 +933,16 @@ def _size(ranking: "td.Ranking", size: int | None) -> int:
     return natural[size - 1]
 
 
+def _loaded(model: str | None, device: str | None) -> Any:
+    return td.load_model(**_given(name_or_model=model, device=device), **_wanted)
+
+
 def _check_model(name: str, of_circuits: Mapping[str, object], device: str | None, as_json: bool) -> None:
     """Print the report on a model; the exit code is 1 if something does not hold."""
     if wrong := [option for option, value in of_circuits.items() if value is not None]:
         raise ValueError(f"leave out `{wrong[0]}` for a model: it is for circuits, and {name!r} is no file.")
     with _quiet():
-        report = td.check_model(td.load_model(name, **_given(device=device)))
+        report = td.check_model(_loaded(name, device))
     if as_json:
         found = {
             "model": report.name,
@@ -940,7 +976,7 @@ def _model_of(circuit: "Circuit", model: str | None, device: str | None) -> obje
         )
     name = circuit.provenance.model if model is None else model
     try:
-        return td.load_model(name, **_given(device=device))
+        return _loaded(name, device)
     except (ValueError, OSError) as error:
         if model is not None:
             raise

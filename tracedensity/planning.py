@@ -14,7 +14,7 @@ from tracedensity.ablate import N_RESAMPLED
 from tracedensity.choices import Ablation, GraphName, Method, TokenAblation
 from tracedensity.graph.component import ComponentGraph
 from tracedensity.graph.token import TokenGraph
-from tracedensity.model import Transformer, as_transformer, is_offloading, offload_activations
+from tracedensity.model import Transformer, adapter_of, as_transformer, is_offloading, offload_activations
 from tracedensity.model.spread import bytes_of, memory_of, storages
 from tracedensity.score import GRADIENTS, chosen_method, scored
 from tracedensity.score.eap import HELD, WORKSPACE, runs_of
@@ -216,6 +216,11 @@ def _sketch(model_or_config: object, dtype: torch.dtype | None) -> _Sketch:
         return _sketch_of_config(config, dtype or torch.float32)
     if dtype is not None:
         raise ValueError(f"`dtype` must be left out for a model, which has one, got {dtype}.")
+    if not isinstance(model_or_config, Transformer) and adapter_of(model_or_config) is None:
+        raise ValueError(
+            "`model_or_config` must be a model of TransformerLens, a configuration of Hugging Face, a name or a "
+            f"folder, got {type(model_or_config).__name__}."
+        )
     model = as_transformer(model_or_config)
 
     def kept(options: Mapping[str, Any], n_tokens: int, n_rows: int) -> int:

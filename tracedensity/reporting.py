@@ -28,7 +28,7 @@ from tracedensity.loading import bundled_models
 from tracedensity.model import Transformer, as_transformer
 from tracedensity.routing import Flow, trace_flow
 from tracedensity.score import Scores, attribute
-from tracedensity.task import Task
+from tracedensity.task import Task, several_prompts
 from tracedensity.unembedding import TopTokens, top_tokens
 
 if TYPE_CHECKING:
@@ -149,6 +149,13 @@ def report(
         require_folder(path)  # before the work, not after it
     faithfulness = float(faithfulness)
     subjects = [prompt] if compare is None else [prompt, compare]
+    for name, subject in zip(("prompt", "compare"), subjects, strict=False):
+        many = several_prompts(subject, options.get("attention_mask"))
+        on_tokens = options.get("graph", "token") == "token" and getattr(subject, "ndim", 0) != 1
+        if many is not None and on_tokens:
+            raise ValueError(
+                f"`{name}` must be one prompt, or a `Task` of several, got several prompts: write a report of each."
+            )
     made = Report(
         tuple(_find(transformer, subject, faithfulness, options) for subject in subjects),
         faithfulness,

@@ -107,7 +107,7 @@ def token_setting(
         raise ValueError(
             f"`ablation` must be one of {list(get_args(TokenAblation))} on the token graph, got {ablation!r}."
         )
-    tokens = model.tokens(prompt, position)  # type: ignore[arg-type]
+    tokens = model.tokens(prompt, position)
     fingerprint = model.fingerprint()  # first: it finds weights that are not finite
     examples, ablation = Examples.of_prompt(tokens), ablation or "zero"
     if ablation == "resample":

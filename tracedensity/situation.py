@@ -165,7 +165,7 @@ class Home:
 
     def _prompted(self, name: str, prompt: object) -> Ground:
         if isinstance(self.ground.graph, TokenGraph):
-            tokens = self.model.tokens(prompt)  # type: ignore[arg-type]
+            tokens = self.model.tokens(prompt)
             if len(tokens) != self.ground.graph.n_pos:
                 raise ValueError(
                     f"`prompts` must be as long as the circuit's own on the token graph, {self.ground.graph.n_pos} "

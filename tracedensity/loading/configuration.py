@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tracedensity.choices import Backend
 from tracedensity.loading.bundled import ASSETS, bundled_models
 from tracedensity.loading.converted import built, configuration_alone, plain
 from tracedensity.loading.folder import read_config
 from tracedensity.loading.hub import hub_has, official_name, offline
 from tracedensity.loading.quiet import first_line, quiet
-from tracedensity.loading.wanted import Backend, Wanted, backends_of, device_of
+from tracedensity.loading.wanted import Wanted, backends_of, device_of
 
 if TYPE_CHECKING:
     from torch import dtype as DType  # noqa: N812
@@ -57,6 +58,17 @@ def miniature(config: Any, n_layers: int, dtype: DType) -> Any:
     from torch.random import fork_rng
     from transformers import AutoModelForCausalLM
 
+    def made(backend: Backend, wanted: Wanted) -> Any:
+        small = _narrowed(config, n_layers)
+        hf_model = AutoModelForCausalLM.from_config(small, attn_implementation="eager", dtype=dtype).eval()
+        return built(backend, hf_model, plain(small.to_dict(), hf_model), small.model_type, wanted)
+
+    with quiet(), fork_rng(devices=[]):
+        return _first_that_builds(made, dtype, config.model_type)
+
+
+def _narrowed(config: Any, n_layers: int) -> Any:
+    """A configuration of few layers, narrow ones."""
     small = copy.deepcopy(config)
     given = small.to_dict()
     widths = [name for name in _WIDTHS if isinstance(given.get(name), int) and given[name] > 0]
@@ -64,25 +76,21 @@ def miniature(config: Any, n_layers: int, dtype: DType) -> Any:
     values = [d_head, *(given[name] for name in widths)]
     factor = next(each for each in range(max(1, d_head // 8), 0, -1) if all(value % each == 0 for value in values))
     changes = {name: given[name] // factor for name in widths}
-    changes |= {"vocab_size": 64, "num_hidden_layers": n_layers, "max_position_embeddings": 64}
+    changes |= {"vocab_size": 64, "num_hidden_layers": n_layers}
+    if hasattr(small, "max_position_embeddings"):  # where positions have no table, there may be none
+        changes["max_position_embeddings"] = 64
     changes |= dict.fromkeys((name for name in given if name.endswith("_token_id") and given[name] is not None), 0)
     for name in ("layer_types", "attention_layers", "mlp_layer_types"):
         if isinstance(getattr(small, name, None), list):
             changes[name] = getattr(small, name)[:n_layers]
     for name, value in changes.items():
         setattr(small, name, value)
-    for name in ("rope_parameters", "rope_scaling"):
-        factors: dict[str, Any] = getattr(small, name, None) or {}
+    scalings = [getattr(small, name, None) or {} for name in ("rope_parameters", "rope_scaling")]
+    for factors in {id(each): each for each in scalings}.values():  # two names of one, often
         for each, value in factors.items():
             if isinstance(value, list):
                 factors[each] = value[: len(value) // factor]
-
-    def made(backend: Backend, wanted: Wanted) -> Any:
-        hf_model = AutoModelForCausalLM.from_config(small, attn_implementation="eager", dtype=dtype).eval()
-        return built(backend, hf_model, plain(small.to_dict(), hf_model), small.model_type, wanted)
-
-    with quiet(), fork_rng(devices=[]):
-        return _first_that_builds(made, dtype, small.model_type)
+    return small
 
 
 _WIDTHS = (

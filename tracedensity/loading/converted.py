@@ -7,7 +7,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from tracedensity.loading.wanted import Backend, Wanted
+from tracedensity.choices import Backend
+from tracedensity.loading.wanted import Wanted
 
 LONGEST_CONTEXT = 4096
 
@@ -31,6 +32,12 @@ def built(
     if tokenizer is not None:
         model.set_tokenizer(tokenizer)
     return model
+
+
+def require_runnable(cfg: Any) -> None:
+    """Raise a ValueError where a `HookedTransformer` could be made, and could not be run."""
+    if cfg.num_experts and str(cfg.dtype) != "torch.float32":
+        raise ValueError(f"HookedTransformer has experts in float32 only, got {cfg.dtype}. Take a TransformerBridge.")
 
 
 def _converted(hf_model: Any, config: dict[str, Any], name: str, wanted: Wanted) -> Any:
@@ -63,6 +70,7 @@ def configuration_alone(config: dict[str, Any], wanted: Wanted) -> Iterator[tupl
         # Each layer keeps a mask of context by context: 17 GB where a model may read 131,072 tokens.
         if cfg.positional_embedding_type == "rotary":
             cfg.n_ctx = min(cfg.n_ctx, LONGEST_CONTEXT)
+        require_runnable(cfg)
         yield neutral, cfg
 
 

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tracedensity.choices import Backend
 from tracedensity.loading.bundled import ASSETS, bundled_models
 from tracedensity.loading.folder import from_folder
 from tracedensity.loading.hub import from_hub
-from tracedensity.loading.wanted import Backend, Wanted, backends_of, device_of, dtype_of, spread_over
+from tracedensity.loading.wanted import Wanted, backends_of, device_of, dtype_of, spread_over
 
 if TYPE_CHECKING:
     from torch import device as Device  # noqa: N812

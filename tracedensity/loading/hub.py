@@ -6,10 +6,11 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
+from tracedensity.choices import Backend
 from tracedensity.loading.bundled import bundled_models, listing_of_bundled
-from tracedensity.loading.converted import made_ready
+from tracedensity.loading.converted import made_ready, require_runnable
 from tracedensity.loading.quiet import first_line, quiet
-from tracedensity.loading.wanted import Backend, Wanted
+from tracedensity.loading.wanted import Wanted
 
 
 def official_name(name: str, backends: tuple[Backend, ...]) -> str:
@@ -40,7 +41,8 @@ def from_hub(name: str, wanted: Wanted) -> Any:
     reachable = hub_has(official)
     refusal: Exception | None = None
     with quiet(bars=True), offline(not reachable):  # a download may take minutes
-        for backend in wanted.backends:
+        able: tuple[Backend, ...] = tuple(each for each in wanted.backends if each != "hooked" or _is_listed(name))
+        for backend in able or wanted.backends:
             try:
                 return _downloaded(official, name, wanted, backend)
             except OSError as error:
@@ -58,10 +60,23 @@ def from_hub(name: str, wanted: Wanted) -> Any:
     ) from refusal
 
 
+def _is_listed(name: str) -> bool:
+    """Whether `HookedTransformer` knows a name, which it refuses otherwise."""
+    from transformer_lens.loading_from_pretrained import get_official_model_name
+
+    try:
+        get_official_model_name(name)
+    except ValueError:
+        return False
+    return True
+
+
 def _downloaded(official: str, name: str, wanted: Wanted, backend: Backend) -> Any:
     if backend == "hooked":
         from transformer_lens import HookedTransformer
+        from transformer_lens.loading_from_pretrained import get_pretrained_model_config
 
+        require_runnable(get_pretrained_model_config(name, dtype=wanted.dtype, **wanted.placed))
         return HookedTransformer.from_pretrained_no_processing(name, dtype=wanted.dtype, **wanted.placed).eval()
     from torch.random import fork_rng
     from transformer_lens.model_bridge import TransformerBridge

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
+from tracedensity.choices import Backend
 from tracedensity.loading.quiet import no_warnings
 
 if TYPE_CHECKING:
@@ -13,9 +14,6 @@ if TYPE_CHECKING:
 else:
     # torch and TransformerLens take seconds to import: here only once a model is loaded.
     Device = DType = Any
-
-Backend: TypeAlias = Literal["hooked", "bridge"]
-"""A class of TransformerLens: `HookedTransformer` (3.9) or `TransformerBridge` (3.9 and 4)."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +96,13 @@ def spread_over(device_map: object, device: object, dtype: DType | None, backend
             f"`device_map` must be one of {', '.join(map(repr, named))}, or a dictionary from modules to devices, "
             f"got {device_map!r}."
         )
+    for place in set(device_map.values()) - {"disk"} if isinstance(device_map, Mapping) else ():
+        try:
+            device_of(f"cuda:{place}" if isinstance(place, int) else place)
+        except ValueError as error:
+            raise ValueError(
+                f"`device_map` must name devices that this machine has, or 'disk', got {place!r}."
+            ) from error
     return Wanted(
         None, dtype_of(dtype), ("bridge",), dict(device_map) if isinstance(device_map, Mapping) else device_map
     )

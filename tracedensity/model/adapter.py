@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tracedensity.model.norm import NormLayer
-from tracedensity.model.place import Place, Visit
+from tracedensity.model.place import Place, Visit, has_guests
 from tracedensity.model.spread import at_hand, memory_of
 
 Site: TypeAlias = tuple[str, int]
@@ -199,8 +199,16 @@ def guests(model: Any, names: Sequence[str]) -> Iterator[str]:
     for layer in range(len(model.blocks)):
         for name in (f"blocks.{layer}.{each}" for each in names):
             point = model.hook_dict.get(name)
-            if point is not None and point.fwd_hooks:
+            if point is not None and has_guests(point):
                 yield name
+
+
+def guests_at_end(model: Any) -> Iterator[str]:
+    """Hook points behind the last block at which hooks of the user's are."""
+    for part in ("ln_final", "unembed"):
+        for point in model._modules[part].modules() if part in model._modules else ():
+            if hasattr(point, "fwd_hooks") and has_guests(point):
+                yield str(point.name)
 
 
 def coupled(name: str, layer: int) -> ValueError:

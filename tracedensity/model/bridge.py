@@ -397,8 +397,13 @@ class BridgeAdapter:
         cfg = self.model.cfg
         rotary = cfg.positional_embedding_type == "rotary"
         rope = getattr(getattr(self.model.original_model, "config", None), "rope_parameters", None) or {}
-        base = rope.get("full_attention", rope).get("rope_theta", cfg.rotary_base)
-        return {
+        rope = rope.get("full_attention", rope)
+        base = rope.get("rope_theta", cfg.rotary_base)
+        scaling: dict[str, object] = {}
+        if rotary and (kind := rope.get("rope_type", "default")) != "default":
+            names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+            scaling = {"rotary scaling": [kind, *(float(rope[name]) for name in names if name in rope)]}
+        return scaling | {
             "positions": cfg.positional_embedding_type,
             "rotary base": float(base) if rotary else None,
             "cap of scores": max(0.0, float(getattr(cfg, "attn_scores_soft_cap", None) or 0)),

@@ -223,9 +223,11 @@ def _findings(model: Transformer) -> tuple[tuple[Finding, ...], Finding | None]:
         whole = full_precision(model.adapter.predicted(tokens)[:, -1])
     except Exception as error:  # whatever a class of models, or a hook of PyTorch's, makes of it
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if model.dtype != model.full_dtype:
+            line = line.rstrip(".") + ". Load it in float32"
         raise ValueError(
             f"`model` must run by itself, got {model.name} ({model.adapter.kind}, TransformerLens "
-            f"{version('transformer-lens')}, {model.dtype}), whose own forward pass fails: {line}"
+            f"{version('transformer-lens')}, {model.dtype}), whose own forward pass fails: {line}."
         ) from error
     plain = _Held(_sites(model))
     with widened(model.dtype), model.reading({site: partial(plain.hold, site=site) for site in plain.sites}):

@@ -24,10 +24,10 @@ def as_transformer(model: object) -> Transformer:
     Raises:
         ValueError: If the object is no such model, or computes something that the graphs here do not describe.
     """
-    if isinstance(model, Transformer):
-        return model
-    transformer = _opened(model)
-    examined(transformer).require()
+    transformer = model if isinstance(model, Transformer) else _opened(model)
+    _require_no_autocast(transformer)
+    if transformer is not model:
+        examined(transformer).require()
     return transformer
 
 
@@ -47,7 +47,9 @@ def check_model(model: object) -> ModelReport:
     Raises:
         ValueError: If it is no model of TransformerLens, or one whose values cannot be seen.
     """
-    return examined(model if isinstance(model, Transformer) else _opened(model))
+    transformer = model if isinstance(model, Transformer) else _opened(model)
+    _require_no_autocast(transformer)
+    return examined(transformer)
 
 
 def _opened(model: object) -> Transformer:
@@ -64,6 +66,14 @@ def _opened(model: object) -> Transformer:
             f"`td.load_model`, got {type(model).__name__}."
         )
     return Transformer(**vars(adapter.shape()), adapter=adapter)
+
+
+def _require_no_autocast(model: Transformer) -> None:
+    if torch.is_autocast_enabled(model.device.type):
+        raise ValueError(
+            f"`torch.autocast` must be off where a model is explained, got one for {model.device.type}: it would have "
+            "scores and circuits computed in half precision. Leave its block, or load the model in half precision."
+        )
 
 
 def _require_uncompiled_parts(model: Any) -> None:

@@ -265,7 +265,14 @@ class HookedAdapter:
     def behaviour(self) -> dict[str, object]:
         cfg = self.model.cfg
         rotary = cfg.positional_embedding_type == "rotary"
-        return {
+        scaling: dict[str, object] = {}
+        if rotary and cfg.use_NTK_by_parts_rope:
+            names = ("factor", "low_freq_factor", "high_freq_factor")
+            numbers = [float(getattr(cfg, f"NTK_by_parts_{name}")) for name in names]
+            scaling = {"rotary scaling": ["llama3", *numbers, float(cfg.NTK_original_ctx_len)]}
+        elif rotary and cfg.rotary_scaling_factor != 1:
+            scaling = {"rotary scaling": ["linear", float(cfg.rotary_scaling_factor)]}
+        return scaling | {
             "positions": cfg.positional_embedding_type,
             "rotary base": float(cfg.rotary_base) if rotary else None,
             "cap of scores": max(0.0, float(cfg.attn_scores_soft_cap)),

@@ -25,6 +25,15 @@ class Place(Protocol):
         ...
 
 
+_OWN: set[int] = set()
+"""Handles of visits that are attached to hook points at this moment, by their `id`."""
+
+
+def has_guests(point: Any) -> bool:
+    """Whether somebody else's hooks are on a HookPoint, and are called."""
+    return any(id(handle) not in _OWN and handle.hook.id in point._forward_hooks for handle in point.fwd_hooks)
+
+
 @dataclass(frozen=True, eq=False)
 class Point:
     """A HookPoint of TransformerLens."""
@@ -40,8 +49,10 @@ class Point:
         # By the HookPoint itself: found by name, a bridge in compatibility mode would call it once for every alias.
         self.point.add_hook(hook, prepend=first)
         handle = self.point.fwd_hooks[0 if first else -1]
+        _OWN.add(id(handle))
 
         def detach() -> None:
+            _OWN.discard(id(handle))
             handle.hook.remove()
             self.point.fwd_hooks = [other for other in self.point.fwd_hooks if other is not handle]
 

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from tracedensity.interrupts import uninterrupted
-from tracedensity.model.adapter import Adapter, NormName, Shape, Site, Visiting, remade
+from tracedensity.model.adapter import Adapter, NormName, Shape, Site, Visiting, guests_at_end, remade
 from tracedensity.model.norm import Norm, NormLayer
 from tracedensity.model.offload import offloaded
 from tracedensity.model.place import BehindNorm, Place, Visit
@@ -74,7 +74,7 @@ class Transformer(Shape):
 
     # -- prompts ---------------------------------------------------------------------------------
 
-    def tokens(self, prompt: Prompt, position: int = -1) -> Int[Tensor, " pos"]:
+    def tokens(self, prompt: Prompt | object, position: int = -1) -> Int[Tensor, " pos"]:
         """Token ids of a prompt, up to the position whose prediction is explained.
 
         Text gets the beginning-of-sequence token that the model's tokenizer is set to prepend; ids are
@@ -192,6 +192,7 @@ class Transformer(Shape):
         Raises:
             ValueError: If a value that is edited is NaN or infinite, naming the layer.
         """
+        self._require_no_hooks_at_end()
         edits = dict(edits or {})
         at_end = self._at_home(edits.pop(("final_in", 0), lambda value: value))
 
@@ -217,6 +218,14 @@ class Transformer(Shape):
                 stack.enter_context(offloaded(self.model))
             stream = self.adapter.run(tokens, end)
             return self._here(self.adapter.unembedded(stream)[:, -1])
+
+    def _require_no_hooks_at_end(self) -> None:
+        """Raise a ValueError if a hook of the user's would see one position, and sees all in the model's own run."""
+        if (name := next(guests_at_end(self.model), None)) is not None:
+            raise ValueError(
+                f"`model` must have no hook of yours at {name}, behind the last block, where only the position that is "
+                f"explained is run. Hook blocks.{self.n_layers - 1}.hook_resid_post instead."
+            )
 
     def _visits(self, edits: Mapping[Site, Edit]) -> list[Visiting]:
         visits: list[Visiting] = []
@@ -634,7 +643,12 @@ def _instead(value: Tensor, made: Tensor) -> Tensor:
     return made.to(value)
 
 
-def _as_ids(prompt: Sequence[SupportsIndex] | Tensor | np.ndarray) -> Tensor:
+def _as_ids(prompt: object) -> Tensor:
+    if isinstance(prompt, Sequence) and any(isinstance(each, str | Sequence) for each in prompt):
+        raise ValueError(
+            f"`prompt` must be one prompt here, got a list of {len(prompt)}. `td.density` takes several, and a "
+            "`td.Task` holds several for the component graph."
+        )
     try:
         return torch.as_tensor(prompt)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -46,8 +46,7 @@ class _Wide(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if function in _LOOKED_UP:
             made = function(*args, **kwargs)
-            integers = function is functional.embedding or not isinstance(args[1], slice | int)
-            return made.float() if _narrow(made) and integers else made
+            return made.float() if _narrow(made) and not _is_view(function, args) else made
         if function in _CONVERSIONS and args and isinstance(args[0], Tensor):
             return _converted(function, args, kwargs)
         if function is functional.linear and _mixed(args[0], args[1]):
@@ -72,6 +71,13 @@ _LOOKED_UP = (functional.embedding, Tensor.__getitem__)
 _CONVERSIONS = (Tensor.to, Tensor.type_as, Tensor.half, Tensor.bfloat16)
 _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.mm, Tensor.mm)
 _SUMS = (torch.addmm, torch.baddbmm)
+
+
+def _is_view(function: Any, args: tuple[Any, ...]) -> bool:
+    """Whether something is part of a tensor as it is, as weights of one expert are, which a product is to widen."""
+    index = args[1]
+    number = isinstance(index, Tensor) and index.dim() == 0 and not index.is_floating_point()
+    return function is Tensor.__getitem__ and (isinstance(index, slice | int) or number)
 
 
 def _narrow(value: object) -> bool:
