@@ -7,6 +7,7 @@ backward passes need is kept in arrays, which do not count, as on a device what 
 
 import argparse
 import json
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -71,13 +72,13 @@ def offloading() -> Iterator[None]:
         yield
 
 
-def made_up(n_tokens: int) -> list[int]:
-    return [(7 * token) % 400 + 3 for token in range(n_tokens)]
+def made_up(model: Any, n_tokens: int) -> list[int]:
+    return [(7 * token) % (min(403, model.cfg.d_vocab) - 3) + 3 for token in range(n_tokens)]
 
 
 def scoring(model: Any, n_tokens: int, jobs: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """For every job, what its plan says and what is measured."""
-    prompt = made_up(n_tokens)
+    prompt = made_up(model, n_tokens)
     for job in jobs:
         try:
             plan = td.plan(model, n_tokens, **job)
@@ -92,7 +93,7 @@ def scoring(model: Any, n_tokens: int, jobs: Sequence[dict[str, Any]]) -> Iterat
 
 def running(model: Any, n_tokens: int) -> Iterator[dict[str, Any]]:
     """The same of circuits."""
-    prompt = made_up(n_tokens)
+    prompt = made_up(model, n_tokens)
     for graph in ("token", "component"):
         if graph == "token" and as_transformer(model).parallel:
             continue
@@ -123,7 +124,11 @@ def main() -> None:
         )
     for name in given.models:
         for backend in (*(["hooked"] if HAS_HOOKED else []), "bridge"):
-            model = td.load_model(name, backend=backend, dtype=getattr(torch, given.dtype))
+            try:
+                model = td.load_model(name, backend=backend, dtype=getattr(torch, given.dtype))
+            except ValueError as error:
+                print(error, file=sys.stderr)
+                continue
             for n_tokens in map(int, given.tokens.split(",")):
                 if given.offload:
                     with offloading():

@@ -95,8 +95,8 @@ def test_as_many_columns_as_can_be_read(n_panels, n_tokens, columns, widest):
     assert grid.min_width <= widest
     labels = -(-n_tokens // grid.step)
     plot = grid.min_width - grid.along - 64  # the colour bar
-    assert plot / columns >= 11 * labels
-    assert grid.panel >= 11 * labels
+    assert plot / columns >= 10 * labels
+    assert grid.panel >= 10 * labels
 
 
 def test_half_precision_is_drawn_too(activations):
