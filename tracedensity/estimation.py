@@ -1,15 +1,15 @@
 """Estimation: from a model and a prompt to a density curve."""
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, SupportsIndex
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
+from tracedensity.alert import alert
 from tracedensity.choices import Attention, Change, DensityMethod, FaithfulnessMetric, Family, GraphName, Question
 from tracedensity.curve import THRESHOLDS, DensityCurve, Points, crossings, each_of, require_thresholds
 from tracedensity.evaluation import Sizes, as_sizes, paper_sizes, require_options
@@ -23,11 +23,12 @@ from tracedensity.graph.component import ComponentGraph
 from tracedensity.ground import Ground
 from tracedensity.metric import QUESTIONS, Metric
 from tracedensity.model import Transformer, as_transformer
+from tracedensity.pooling import Asked, Asking, alone, together
 from tracedensity.refinement import refined, was_interrupted, whole
-from tracedensity.run import Conditions, run_family
+from tracedensity.run import Conditions
 from tracedensity.score import Scores, scored
 from tracedensity.score.baseline import arrival_scores
-from tracedensity.setting import Setting
+from tracedensity.setting import Setting, rows_at_once
 from tracedensity.situation import USUAL, Home
 from tracedensity.task import Task, several_prompts
 from tracedensity.tight import TightCurve
@@ -123,7 +124,6 @@ def density(
     Raises:
         ValueError: If an argument is not as described, or a value inside the model is not finite.
     """
-    options = {name: value for name, value in locals().items() if name not in ("model", "prompt", "attention_mask")}
     require_thresholds(tuple(thresholds))
     thresholds = tuple(sorted({float(threshold) for threshold in thresholds}))
     usual = [*CONVERSIONS, *([] if graph == "token" else QUESTIONS)]
@@ -141,67 +141,74 @@ def density(
     asked = metric if callable(metric) or metric not in CONVERSIONS else None
     transformer = as_transformer(model)
     prompts = several_prompts(prompt, attention_mask)
-    if prompts is not None and graph == "token":
-        curves = [density(transformer, each, **options) for each in prompts]
-        return curves[0] if getattr(prompt, "ndim", 0) == 1 else curves
-    if attention_mask is not None:
-        prompt = Task(clean=prompts, position=position, name="")
-        position = -1
+    if attention_mask is not None and graph != "token":
+        prompt, prompts, position = Task(clean=prompts, position=position, name=""), None, -1
 
-    def scored_by(method: str | None, asked: str | Metric | None) -> tuple[Setting, Scores]:
-        return scored(
-            transformer, prompt, graph=graph, method=method, metric=asked, ablation=ablation, steps=steps,
-            ungroup=ungroup, positions=positions, position=position, seed=seed,
-        )  # fmt: skip
+    def estimated(prompt: object) -> Asking[DensityCurve]:
+        def scored_by(method: str | None, asked: str | Metric | None) -> tuple[Setting, Scores]:
+            return scored(
+                transformer, prompt, graph=graph, method=method, metric=asked, ablation=ablation, steps=steps,
+                ungroup=ungroup, positions=positions, position=position, seed=seed,
+            )  # fmt: skip
 
-    setting, scores = scored_by(None if method in ("best", "exhaustive") else method, asked)
-    require_options(scores.graph, attention, keep_residual, batch_size)
-    conditions = Conditions(False, keep_residual, attention, setting.ablation)
-    ground = Ground(scores.graph, conditions, Gauge.of(setting, scores.graph, metric), batch_size)
-    if method == "exhaustive":
-        require_few(ground)
-    rankings = [scores.rank(family, signed=signed)]
-    if method == "best":
-        others = [scored_by(other, None if other == "flow" else asked)[1] for other in BEST[graph][1:]]
-        rankings += [each.rank(family, signed=signed) for each in others]
-    if (method in ("best", "exhaustive") or refine) and not ground.free.all():
-        # searches know no edges that are kept anyhow, so that no circuit may count them
-        rankings = [ranking.postponed(~ground.free) for ranking in rankings]
-
-    def curve_on(grounds: Sequence[Ground], baselines: bool) -> DensityCurve:
-        making = _Making(transformer, tuple(grounds), thresholds, as_sizes(sizes, ground.graph.n_edges), per_example)
-        published, *families = [making.curve(ranking) for ranking in rankings]
-        if baselines:
-            published = making.with_baselines(published, seed)
+        setting, scores = scored_by(None if method in ("best", "exhaustive") else method, asked)
+        require_options(scores.graph, attention, keep_residual, batch_size)
+        conditions = Conditions(False, keep_residual, attention, setting.ablation)
+        ground = Ground(scores.graph, conditions, Gauge.of(setting, scores.graph, metric), batch_size)
         if method == "exhaustive":
-            return TightCurve.of(published, (), _all_circuits(grounds, published))
-        if method != "best" and not refine:
-            return published
-        curve = TightCurve.of(published, families, ())
-        if refine:
-            found = _refined(grounds, curve, whole(budget, "budget") * len(grounds), seed)
-            curve = TightCurve.of(published, families, found)
+            require_few(ground)
+        rankings = [scores.rank(family, signed=signed)]
+        if method == "best":
+            others = [scored_by(other, None if other == "flow" else asked)[1] for other in BEST[graph][1:]]
+            rankings += [each.rank(family, signed=signed) for each in others]
+        if (method in ("best", "exhaustive") or refine) and not ground.free.all():
+            # searches know no edges that are kept anyhow, so that no circuit may count them
+            rankings = [ranking.postponed(~ground.free) for ranking in rankings]
+
+        def curve_on(grounds: Sequence[Ground], baselines: bool) -> Asking[DensityCurve]:
+            making = _Making(
+                transformer, tuple(grounds), thresholds, as_sizes(sizes, ground.graph.n_edges), per_example
+            )
+            families = []
+            for ranking in rankings:
+                families.append((yield from making.curve(ranking)))
+            published = families.pop(0)
+            if baselines:
+                published = yield from making.with_baselines(published, seed)
+            if method == "exhaustive":
+                return TightCurve.of(published, (), _all_circuits(grounds, published))
+            if method != "best" and not refine:
+                return published
+            curve = TightCurve.of(published, families, ())
+            if refine:
+                found = _refined(grounds, curve, whole(budget, "budget") * len(grounds), seed)
+                curve = TightCurve.of(published, families, found)
+            return curve
+
+        curve = yield from curve_on([ground], baselines)
+        interrupted = isinstance(curve, TightCurve) and any(map(was_interrupted, curve.refined))
+        if robust and not interrupted:
+            home = Home(
+                transformer, curve.provenance.subject, ground, ground.gauge.metric if metric is None else metric, seed
+            )
+            stout = yield from curve_on(home.required(USUAL if robust is True else robust), False)
+            interrupted = isinstance(stout, TightCurve) and any(map(was_interrupted, stout.refined))
+            if isinstance(curve, TightCurve) and isinstance(stout, TightCurve):  # what stands a lot stands at home
+                at_home = [circuit.at_home() for circuit in stout.refined]
+                curve = TightCurve.of(curve.published, curve.families, (*curve.refined, *at_home))
+            curve = replace(curve, robust=stout)
+        if interrupted:
+            alert(
+                "interrupted: thresholds that were not searched for have circuits of rankings"
+                + (", and nothing is said of robust ones." if robust and curve.robust is None else ".")
+            )
         return curve
 
-    curve = curve_on([ground], baselines)
-    interrupted = isinstance(curve, TightCurve) and any(map(was_interrupted, curve.refined))
-    if robust and not interrupted:
-        home = Home(
-            transformer, curve.provenance.subject, ground, ground.gauge.metric if metric is None else metric, seed
-        )
-        stout = curve_on(home.required(USUAL if robust is True else robust), False)
-        interrupted = isinstance(stout, TightCurve) and any(map(was_interrupted, stout.refined))
-        if isinstance(curve, TightCurve) and isinstance(stout, TightCurve):  # what stands a lot stands at home
-            at_home = [circuit.at_home() for circuit in stout.refined]
-            curve = TightCurve.of(curve.published, curve.families, (*curve.refined, *at_home))
-        curve = replace(curve, robust=stout)
-    if interrupted:
-        warnings.warn(
-            "interrupted: thresholds that were not searched for have circuits of rankings"
-            + (", and nothing is said of robust ones." if robust and curve.robust is None else "."),
-            stacklevel=3,
-        )
-    return curve
+    if prompts is None or graph != "token":
+        return alone(estimated(prompt))
+    longest = max(map(len, prompts)) if all(isinstance(each, tuple) for each in prompts) else transformer.n_ctx
+    curves = list(together(map(estimated, prompts), rows_at_once(transformer, min(longest, 64))))
+    return curves[0] if getattr(prompt, "ndim", 0) == 1 else curves
 
 
 def _refined(grounds: Sequence[Ground], curve: TightCurve, budget: int, seed: int) -> tuple[Circuit, ...]:
@@ -259,7 +266,7 @@ class _Making:
     def ground(self) -> Ground:
         return self.grounds[0]
 
-    def curve(self, ranking: Ranking) -> DensityCurve:
+    def curve(self, ranking: Ranking) -> Asking[DensityCurve]:
         """The curve of a ranking.
 
         Raises:
@@ -270,8 +277,8 @@ class _Making:
         values: dict[int, Tensor] = {}
         place = flatten(ranking.graph, ranking.rank)
 
-        def measure(sizes: Tensor) -> Float[Tensor, "point curve"]:
-            found = self._values(ranking, sizes, ground.conditions)
+        def measure(sizes: Tensor) -> Asking[Tensor]:
+            found = yield Asked(ground, ranking, sizes, ground.conditions)
             values.update(zip(sizes.tolist(), found, strict=True))
             together = gauge.faithfulness(found).double()
             for other in self.grounds[1:]:
@@ -281,7 +288,7 @@ class _Making:
                 return together
             return torch.cat([together, each_of(found, gauge.metric, gauge.full, gauge.empty).double()], 1)
 
-        known = _bracketed(measure, torch.cat([grid, self.sizes]).unique(), self.thresholds)
+        known = yield from _bracketed(measure, torch.cat([grid, self.sizes]).unique(), self.thresholds)
         allowed = 1e-4 if self.model.dtype in (torch.float32, torch.float64) else 1e-2
         if abs(known.faithfulness[-1] - 1) > allowed * (1 if gauge.full is None else 10):
             raise ValueError(
@@ -305,7 +312,7 @@ class _Making:
             situations=() if alone else tuple(ground.name for ground in self.grounds),
         )  # fmt: skip
 
-    def with_baselines(self, curve: DensityCurve, seed: int) -> DensityCurve:
+    def with_baselines(self, curve: DensityCurve, seed: int) -> Asking[DensityCurve]:
         """The same with random circuits, and with all but the circuits, beside it."""
         ranking, conditions = curve.ranking, self.ground.conditions
         grid = paper_sizes(ranking.n_edges).unique()
@@ -316,29 +323,25 @@ class _Making:
         at_random = replace(conditions, keep_residual=on_tokens)
         complement = replace(conditions, inverse=True, keep_residual=False)
 
-        def points(ranking: Ranking, conditions: Conditions) -> Points:
-            return Points(coarse, self.ground.gauge.faithfulness(self._values(ranking, coarse, conditions)))
+        def points(ranking: Ranking, conditions: Conditions) -> Asking[Points]:
+            return Points(
+                coarse, self.ground.gauge.faithfulness((yield Asked(self.ground, ranking, coarse, conditions)))
+            )
 
-        return replace(curve, random=points(grown, at_random), inverse=points(ranking, complement))
-
-    def _values(
-        self, ranking: Ranking, sizes: Int[Tensor, " point"], conditions: Conditions
-    ) -> Float[Tensor, "point example"]:
-        ground = self.ground
-        measure, setting = ground.gauge.measure, ground.setting
-        return run_family(setting, ground.graph, ranking.rank, sizes, conditions, measure, ground.batch_size)[""].cpu()
+        random = yield from points(grown, at_random)
+        return replace(curve, random=random, inverse=(yield from points(ranking, complement)))
 
 
 def _bracketed(
-    measure: Callable[[Tensor], Float[Tensor, "point curve"]],
+    measure: Callable[[Tensor], Asking[Tensor]],
     grid: Int[Tensor, " point"],
     thresholds: tuple[float, ...],
-) -> Points:
+) -> Asking[Points]:
     """Measure a grid of sizes, then halve (on the log scale) every bracket that holds a minimal size of some curve.
 
     All brackets of a round are measured together. The points are those of the first curve.
     """
-    sizes, heights = grid, measure(grid).double()
+    sizes, heights = grid, (yield from measure(grid)).double()
     while True:
         wanted = set()
         for threshold in thresholds:
@@ -351,4 +354,4 @@ def _bracketed(
             return Points(sizes, heights[:, 0])
         more = torch.tensor(sorted(wanted))
         sizes, order = torch.cat([sizes, more]).sort()
-        heights = torch.cat([heights, measure(more).double()])[order]
+        heights = torch.cat([heights, (yield from measure(more)).double()])[order]

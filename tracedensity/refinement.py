@@ -1,12 +1,12 @@
 """Refinement: circuits made as small as a budget of runs can make them, each one measured."""
 
-import warnings
 from collections.abc import Sequence
 from operator import index
 from typing import SupportsIndex
 
 import torch
 
+from tracedensity.alert import alert
 from tracedensity.choices import Attention
 from tracedensity.evaluation import require_options, setting_for
 from tracedensity.extract import Ranking
@@ -100,10 +100,9 @@ def refine(
     gauge = Gauge.of(setting, graph, about.metric if metric is None else metric)
     found = refined([Ground(graph, conditions, gauge, batch_size)], given, faithfulness, budget=budget, seed=seed)
     if was_interrupted(found) and (known := found.certificate) is not None:
-        warnings.warn(
+        alert(
             f"interrupted after {known.passes} of {known.budget} passes: this is the best circuit so far, of "
-            f"{known.n_candidates} edges.",
-            stacklevel=3,
+            f"{known.n_candidates} edges."
         )
     return found
 

@@ -71,13 +71,19 @@ def run_family(
         def among(kind: str, where: Any) -> Tensor | None:
             if conditions.keeps_all(kind):
                 return None
-            place = rank[kind][where][None]
-            size = sizes[part].to(place.dtype).view(-1, *[1] * (place.dim() - 1))
-            return place < size if conditions.inverse else place >= size
+            return without(rank[kind][where][None], sizes[part], conditions)
 
         return among
 
     return run(setting, graph, dropped, len(sizes), measure, batch_size)
+
+
+def without(
+    place: Int[Tensor, "circuit ..."], size: Int[Tensor, " circuit"], conditions: Conditions
+) -> Bool[Tensor, "circuit ..."]:
+    """Which edges are ablated in the circuit of each size, or in its complement, by their places in a ranking."""
+    size = size.to(place.dtype).view(-1, *[1] * (place.dim() - 1))
+    return place < size if conditions.inverse else place >= size
 
 
 def run_circuits(
@@ -154,7 +160,7 @@ def run_shares(
         for some in examples.parts(n_rows):
             n_some = some.stop - some.start
             ablated = setting.ablated(some)
-            for part in _parts(n_circuits, max(1, n_rows // n_some)):
+            for part in slices(n_circuits, max(1, n_rows // n_some)):
                 n_part = part.stop - part.start
                 absent = {kind: (1 - share[part].to(model.device)).requires_grad_() for kind, share in kept.items()}
                 with torch.enable_grad():  # whose gradients are joined once; each index would make one of the whole
@@ -215,7 +221,7 @@ def run(
             n_some = some.stop - some.start
             ablated = setting.ablated(some) if n_circuits else {}
             columns: dict[str, list[Tensor]] = {}
-            for part in _parts(n_circuits, batch_size or max(1, n_rows // n_some)):
+            for part in slices(n_circuits, batch_size or max(1, n_rows // n_some)):
                 n_part = part.stop - part.start
                 rows = Rows(model, n_part, examples.last[some], ablated)
                 logits = model.logits(
@@ -232,7 +238,7 @@ def run(
     return {name: torch.cat(parts, dim=1) for name, parts in found.items()}
 
 
-def _parts(n_circuits: int, batch_size: int) -> Iterator[slice]:
+def slices(n_circuits: int, batch_size: int) -> Iterator[slice]:
     """Consecutive slices of nearly equal length, none longer than the batch size."""
     n_parts = -(-n_circuits // batch_size)
     ends = [n_circuits * i // max(n_parts, 1) for i in range(n_parts + 1)]

@@ -1,7 +1,6 @@
 """Situations: other conditions and other prompts under which a circuit can be run."""
 
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tracedensity.ablate import ordinary_tokens
+from tracedensity.alert import alert
 from tracedensity.choices import Ablation, Change, TokenAblation
 from tracedensity.evaluation import setting_for
 from tracedensity.gauge import Gauge
@@ -90,10 +90,9 @@ class Home:
             found.append(self._prepended(self._prompt))
         for each in found:
             if not each.gauge.tells:
-                warnings.warn(
+                alert(
                     f"{each.name} was left out: by {each.gauge.metric} the model is there what the circuit without "
-                    "edges is.",
-                    stacklevel=5,  # whoever called `Circuit.check` or `td.density`
+                    "edges is."
                 )
         own = replace(self.ground, name=f"own: {self.ground.conditions.ablation} ablation")
         return [own, *(each for each in found if each.gauge.tells)]

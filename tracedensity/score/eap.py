@@ -1,6 +1,5 @@
 """Scores of patches: to first order, what a metric changes by when an edge carries its ablated value."""
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tracedensity.ablate import Ablated, Written, as_written, writing_sites, written
+from tracedensity.alert import alert
 from tracedensity.graph.component import ComponentGraph
 from tracedensity.metric import Metric, measure
 from tracedensity.model import Edit, Site, Transformer, full_precision, require_finite
@@ -260,10 +260,9 @@ def _warn_of_zeros(
     """Warn if a run begins with the ablated embedding and that leaves nothing in the stream."""
     first = [number for number, run in enumerate(runs) if run.group == ("embed", 0) and run.clean == 0]
     if first and not stream[first][:, examples.real].any():
-        warnings.warn(
+        alert(
             f"gradients are taken where the stream is zero, and norms multiply them by a huge number: under this "
-            f"ablation take 'eap-ig-midpoint' in place of {method!r}.",
-            stacklevel=2,
+            f"ablation take 'eap-ig-midpoint' in place of {method!r}."
         )
 
 
