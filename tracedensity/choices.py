@@ -26,6 +26,9 @@ Backend = Literal["hooked", "bridge"]
 Precision = Literal["float32", "bfloat16", "float16", "float64"]
 """What weights are in."""
 
+Engine = Literal["local", "ray"]
+"""What runs the parts of a sweep: processes of this machine, or a Ray cluster."""
+
 GraphName = Literal["token", "component"]
 """What an edge is, see `TokenGraph` and `ComponentGraph`."""
 

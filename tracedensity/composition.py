@@ -88,7 +88,7 @@ def composition(circuits: DensityCurve | Ranking, sizes: Sizes | None = None) ->
     if isinstance(circuits, TightCurve):
         counts, family = _counts_on(circuits, asked, groups), "tight"
     else:
-        counts, family = _counts_in(ranking.rank, asked, groups), ranking.family
+        counts, family = counts_in(ranking.rank, asked, groups), ranking.family
     return Composition(counts.sum((1, 2)), counts, groups.columns, family, ranking.provenance)
 
 
@@ -99,7 +99,7 @@ def _counts_on(curve: TightCurve, sizes: Int[Tensor, " point"], groups: Groups) 
     return counts[counts.sum((1, 2)).diff(prepend=torch.zeros(1)) > 0]
 
 
-def _counts_in(
+def counts_in(
     rank: Mapping[str, Int[Tensor, "..."]], sizes: Int[Tensor, " point"], groups: Groups
 ) -> Int[Tensor, "point layer part"]:
     """Counts of nested circuits, of all sizes at once."""

@@ -1,7 +1,7 @@
 """Density curves: how faithful the circuit of each size is, and the smallest that is faithful enough."""
 
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import log10
 from operator import index
@@ -77,6 +77,7 @@ class DensityCurve(Points):
         full: The metric of the model on each example; None where faithfulness is no share of a difference.
         empty: That of the circuit without edges.
         pruned_sizes: Numbers of edges on a path from the input to the logits; None on the token graph.
+        also: Other metrics of each circuit, mean over examples.
         situations: Where circuits were run, if that is not only where they are at home; faithfulness is the least
             there.
         robust: The curve of circuits that have to be faithful in several situations, if that was asked for.
@@ -96,6 +97,7 @@ class DensityCurve(Points):
     full: Float[Tensor, " example"] | None = field(default=None, repr=False)
     empty: Float[Tensor, " example"] | None = field(default=None, repr=False)
     pruned_sizes: Int[Tensor, " point"] | None = field(default=None, repr=False)
+    also: Mapping[str, Float[Tensor, " point"]] = field(default_factory=dict, repr=False)
     situations: tuple[str, ...] = ()
     robust: "DensityCurve | None" = field(default=None, repr=False)
 
@@ -274,6 +276,7 @@ class DensityCurve(Points):
             "auc_of_edges": self.auc_of_edges,
             "sizes": self.sizes.tolist(),
             "faithfulness": self.faithfulness.tolist(),
+            **({"also": {name: values.tolist() for name, values in self.also.items()}} if self.also else {}),
             "minimal_size": {
                 plain(row["threshold"]): {
                     "first": row["size"],
@@ -323,9 +326,9 @@ class DensityCurve(Points):
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write to one safetensors file, rankings and metadata included; `td.load` reads it."""
-        from tracedensity.files import save_curve
+        from tracedensity.files import curve_file, replace_file
 
-        save_curve(self, path)
+        replace_file(path, curve_file(self))
 
     def plot(self, *, theme: "Theme | str" = "light") -> "go.Figure":
         """Faithfulness over circuit size, with thresholds and baselines."""

@@ -1,18 +1,27 @@
 """Estimation: from a model and a prompt to a density curve."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, SupportsIndex
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, SupportsIndex, TypeVar
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tracedensity.alert import alert
-from tracedensity.choices import Attention, Change, DensityMethod, FaithfulnessMetric, Family, GraphName, Question
+from tracedensity.choices import (
+    Attention,
+    Change,
+    DensityMethod,
+    FaithfulnessMetric,
+    Family,
+    GraphName,
+    Question,
+)
+from tracedensity.choices import Metric as MetricName
 from tracedensity.curve import THRESHOLDS, DensityCurve, Points, crossings, each_of, require_thresholds
-from tracedensity.evaluation import Sizes, as_sizes, paper_sizes, require_options
+from tracedensity.evaluation import Sizes, as_sizes, named_metrics, paper_sizes, require_options
 from tracedensity.exhaustive import best_of_each_size, require_few
 from tracedensity.extract import Ranking, rank_edges
 from tracedensity.faithfulness import CONVERSIONS, entropy
@@ -22,7 +31,7 @@ from tracedensity.graph.circuit import Certificate, Circuit
 from tracedensity.graph.component import ComponentGraph
 from tracedensity.ground import Ground
 from tracedensity.metric import QUESTIONS, Metric
-from tracedensity.model import Transformer, as_transformer
+from tracedensity.model import Prompt, Transformer, as_transformer
 from tracedensity.pooling import Asked, Asking, alone, together
 from tracedensity.refinement import refined, was_interrupted, whole
 from tracedensity.run import Conditions
@@ -33,8 +42,13 @@ from tracedensity.situation import USUAL, Home
 from tracedensity.task import Task, several_prompts
 from tracedensity.tight import TightCurve
 
+T = TypeVar("T")
+
 PRECISION = 0.02
 """A crossing of a threshold is known to this share of its size, or to one edge."""
+
+_USUAL_LENGTH = 64
+"""Tokens that prompts are taken to have where it is decided how many of them are worked on at a time."""
 
 _BUDGET = 400
 """Passes that a search may spend on a threshold, if nothing else is said."""
@@ -54,6 +68,7 @@ def density(
     signed: bool = False,
     thresholds: Sequence[float | int] = THRESHOLDS,
     metric: FaithfulnessMetric | Question | str | Metric | None = None,
+    also: Sequence[MetricName | str | Metric] = (),
     ablation: str | None = None,
     steps: int = 5,
     ungroup: bool = False,
@@ -96,6 +111,7 @@ def density(
             mean over examples. For ``"logit_diff"`` (default for tasks), ``"prob_diff"``, ``"logprob"`` and functions
             it is the share of the way from the circuit without edges to the model, ``(m(circuit) - m(empty)) /
             (m(model) - m(empty))``, of means over examples.
+        also: Metrics to measure on the same circuits beside that, see `evaluate`; they are in `DensityCurve.also`.
         ablation: What replaces an absent edge, see `attribute`.
         steps: As for `attribute`.
         ungroup: As for `attribute`.
@@ -124,74 +140,112 @@ def density(
     Raises:
         ValueError: If an argument is not as described, or a value inside the model is not finite.
     """
-    require_thresholds(tuple(thresholds))
-    thresholds = tuple(sorted({float(threshold) for threshold in thresholds}))
-    usual = [*CONVERSIONS, *([] if graph == "token" else QUESTIONS)]
-    if per_example and graph == "token":
-        raise ValueError("`per_example` must be left out on the token graph, where there is one.")
-    if signed and graph == "token" and not str(method).startswith("eap"):
-        raise ValueError(f"`signed` must be left out for method {method or 'norm'!r}, whose scores have no sign.")
-    if not refine and whole(budget, "budget") != _BUDGET:
-        raise ValueError("`budget` must be left out without `refine=True`: nothing else spends one.")
-    if not (metric is None or callable(metric) or metric in usual) or (graph == "token" and callable(metric)):
-        raise ValueError(f"`metric` must be one of {list(dict.fromkeys(usual))}, got {metric!r}.")
-    if method == "exhaustive" and refine:
-        raise ValueError("`refine` must be left out for method 'exhaustive', which runs all circuits there are.")
-    # a metric of the prediction as a whole has no gradient that would say much: edges are scored by the question's own
-    asked = metric if callable(metric) or metric not in CONVERSIONS else None
-    transformer = as_transformer(model)
+    options = {name: value for name, value in locals().items() if name not in ("model", "prompt", "attention_mask")}
+    estimation = Estimation(as_transformer(model), **options)
     prompts = several_prompts(prompt, attention_mask)
-    if attention_mask is not None and graph != "token":
-        prompt, prompts, position = Task(clean=prompts, position=position, name=""), None, -1
+    if prompts is None or graph != "token":
+        if attention_mask is not None:
+            task = Task(clean=prompts, position=position, name="")
+            return alone(replace(estimation, position=-1).curve(task))
+        return alone(estimation.curve(prompt))
+    curves = list(estimation.curves(prompts))
+    return curves[0] if getattr(prompt, "ndim", 0) == 1 else curves
 
-    def estimated(prompt: object) -> Asking[DensityCurve]:
-        def scored_by(method: str | None, asked: str | Metric | None) -> tuple[Setting, Scores]:
-            return scored(
-                transformer, prompt, graph=graph, method=method, metric=asked, ablation=ablation, steps=steps,
-                ungroup=ungroup, positions=positions, position=position, seed=seed,
-            )  # fmt: skip
 
-        setting, scores = scored_by(None if method in ("best", "exhaustive") else method, asked)
-        require_options(scores.graph, attention, keep_residual, batch_size)
-        conditions = Conditions(False, keep_residual, attention, setting.ablation)
-        ground = Ground(scores.graph, conditions, Gauge.of(setting, scores.graph, metric), batch_size)
-        if method == "exhaustive":
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Estimation:
+    """How curves are made: a model, and the options of `density`.
+
+    Raises:
+        ValueError: If an option is not as described there.
+    """
+
+    model: Transformer = field(kw_only=False)
+    graph: str
+    method: str | None
+    family: str
+    signed: bool
+    thresholds: Sequence[float | int]
+    metric: str | Metric | None
+    also: Sequence[str | Metric]
+    ablation: str | None
+    steps: int
+    ungroup: bool
+    positions: bool
+    keep_residual: bool
+    attention: str
+    sizes: Sizes
+    per_example: bool
+    refine: bool
+    budget: SupportsIndex
+    robust: bool | Sequence[str]
+    baselines: bool
+    position: int
+    seed: int
+    batch_size: int | None
+
+    def __post_init__(self) -> None:
+        require_thresholds(tuple(self.thresholds))
+        metric, usual = self.metric, [*CONVERSIONS, *([] if self.graph == "token" else QUESTIONS)]
+        if self.per_example and self.graph == "token":
+            raise ValueError("`per_example` must be left out on the token graph, where there is one.")
+        if self.signed and self.graph == "token" and not str(self.method).startswith("eap"):
+            raise ValueError(
+                f"`signed` must be left out for method {self.method or 'norm'!r}, whose scores have no sign."
+            )
+        if not self.refine and whole(self.budget, "budget") != _BUDGET:
+            raise ValueError("`budget` must be left out without `refine=True`: nothing else spends one.")
+        if not (metric is None or callable(metric) or metric in usual) or (self.graph == "token" and callable(metric)):
+            raise ValueError(f"`metric` must be one of {list(dict.fromkeys(usual))}, got {metric!r}.")
+        if self.method == "exhaustive" and self.refine:
+            raise ValueError("`refine` must be left out for method 'exhaustive', which runs all circuits there are.")
+
+    def curves(self, prompts: Iterable[Prompt]) -> Iterator[DensityCurve]:
+        """Curves of prompts by themselves, in their order; circuits of several prompts are run in the same batches."""
+        with self.model.unchanged():
+            yield from self.together(map(self.curve, prompts))
+
+    def together(self, asking: Iterable[Asking[T]]) -> Iterator[T]:
+        """What comes of several that ask for circuits, which are run in the same batches."""
+        yield from together(asking, rows_at_once(self.model, min(self.model.n_ctx, _USUAL_LENGTH)))
+
+    def curve(self, prompt: object, logits: Float[Tensor, " d_vocab"] | None = None) -> Asking[DensityCurve]:
+        """The curve of a prompt or task.
+
+        Args:
+            prompt: The prompt or task.
+            logits: What the model predicts after the prompt, if that is known.
+
+        Raises:
+            ValueError: If an option is not one that there is for it, or a value inside the model is not finite.
+        """
+        # a metric of the prediction as a whole has no gradient that would say much: edges are scored by the question's
+        asked = self.metric if callable(self.metric) or self.metric not in CONVERSIONS else None
+        setting, scores = self._scored(prompt, None if self.method in ("best", "exhaustive") else self.method, asked)
+        if logits is not None:
+            setting = setting.predicting(logits[None])
+        require_options(scores.graph, self.attention, self.keep_residual, self.batch_size)
+        conditions = Conditions(False, self.keep_residual, self.attention, setting.ablation)
+        gauge = Gauge.of(setting, scores.graph, self.metric, named_metrics(self.also, setting) if self.also else {})
+        ground = Ground(scores.graph, conditions, gauge, self.batch_size)
+        if self.method == "exhaustive":
             require_few(ground)
-        rankings = [scores.rank(family, signed=signed)]
-        if method == "best":
-            others = [scored_by(other, None if other == "flow" else asked)[1] for other in BEST[graph][1:]]
-            rankings += [each.rank(family, signed=signed) for each in others]
-        if (method in ("best", "exhaustive") or refine) and not ground.free.all():
+        rankings = [scores.rank(self.family, signed=self.signed)]
+        if self.method == "best":
+            others = BEST[self.graph][1:]
+            ranked = [self._scored(prompt, other, None if other == "flow" else asked)[1] for other in others]
+            rankings += [each.rank(self.family, signed=self.signed) for each in ranked]
+        if (self.method in ("best", "exhaustive") or self.refine) and not ground.free.all():
             # searches know no edges that are kept anyhow, so that no circuit may count them
             rankings = [ranking.postponed(~ground.free) for ranking in rankings]
 
-        def curve_on(grounds: Sequence[Ground], baselines: bool) -> Asking[DensityCurve]:
-            making = _Making(
-                transformer, tuple(grounds), thresholds, as_sizes(sizes, ground.graph.n_edges), per_example
-            )
-            families = []
-            for ranking in rankings:
-                families.append((yield from making.curve(ranking)))
-            published = families.pop(0)
-            if baselines:
-                published = yield from making.with_baselines(published, seed)
-            if method == "exhaustive":
-                return TightCurve.of(published, (), _all_circuits(grounds, published))
-            if method != "best" and not refine:
-                return published
-            curve = TightCurve.of(published, families, ())
-            if refine:
-                found = _refined(grounds, curve, whole(budget, "budget") * len(grounds), seed)
-                curve = TightCurve.of(published, families, found)
-            return curve
-
-        curve = yield from curve_on([ground], baselines)
+        curve = yield from self._curve_on([ground], rankings, self.baselines)
         interrupted = isinstance(curve, TightCurve) and any(map(was_interrupted, curve.refined))
-        if robust and not interrupted:
-            home = Home(
-                transformer, curve.provenance.subject, ground, ground.gauge.metric if metric is None else metric, seed
-            )
-            stout = yield from curve_on(home.required(USUAL if robust is True else robust), False)
+        if self.robust and not interrupted:
+            metric = gauge.metric if self.metric is None else self.metric
+            home = Home(self.model, curve.provenance.subject, ground, metric, self.seed)
+            grounds = home.required(USUAL if self.robust is True else self.robust)
+            stout = yield from self._curve_on(grounds, rankings, False)
             interrupted = isinstance(stout, TightCurve) and any(map(was_interrupted, stout.refined))
             if isinstance(curve, TightCurve) and isinstance(stout, TightCurve):  # what stands a lot stands at home
                 at_home = [circuit.at_home() for circuit in stout.refined]
@@ -200,15 +254,37 @@ def density(
         if interrupted:
             alert(
                 "interrupted: thresholds that were not searched for have circuits of rankings"
-                + (", and nothing is said of robust ones." if robust and curve.robust is None else ".")
+                + (", and nothing is said of robust ones." if self.robust and curve.robust is None else ".")
             )
         return curve
 
-    if prompts is None or graph != "token":
-        return alone(estimated(prompt))
-    longest = max(map(len, prompts)) if all(isinstance(each, tuple) for each in prompts) else transformer.n_ctx
-    curves = list(together(map(estimated, prompts), rows_at_once(transformer, min(longest, 64))))
-    return curves[0] if getattr(prompt, "ndim", 0) == 1 else curves
+    def _scored(self, prompt: object, method: str | None, metric: str | Metric | None) -> tuple[Setting, Scores]:
+        return scored(
+            self.model, prompt, graph=self.graph, method=method, metric=metric, ablation=self.ablation,
+            steps=self.steps, ungroup=self.ungroup, positions=self.positions, position=self.position, seed=self.seed,
+        )  # fmt: skip
+
+    def _curve_on(
+        self, grounds: Sequence[Ground], rankings: Sequence[Ranking], baselines: bool
+    ) -> Asking[DensityCurve]:
+        sizes = as_sizes(self.sizes, rankings[0].n_edges)
+        thresholds = tuple(sorted({float(threshold) for threshold in self.thresholds}))
+        making = _Making(self.model, tuple(grounds), thresholds, sizes, self.per_example)
+        families: list[DensityCurve] = []
+        for ranking in rankings:
+            families.append((yield from making.curve(ranking)))
+        published = families.pop(0)
+        if baselines:
+            published = yield from making.with_baselines(published, self.seed)
+        if self.method == "exhaustive":
+            return TightCurve.of(published, (), _all_circuits(grounds, published))
+        if self.method != "best" and not self.refine:
+            return published
+        curve = TightCurve.of(published, families, ())
+        if self.refine:
+            found = _refined(grounds, curve, whole(self.budget, "budget") * len(grounds), self.seed)
+            curve = TightCurve.of(published, families, found)
+        return curve
 
 
 def _refined(grounds: Sequence[Ground], curve: TightCurve, budget: int, seed: int) -> tuple[Circuit, ...]:
@@ -274,12 +350,18 @@ class _Making:
         """
         ground, gauge, setting = self.ground, self.ground.gauge, self.ground.setting
         grid = paper_sizes(ranking.n_edges).unique()
-        values: dict[int, Tensor] = {}
+        values: dict[int, Mapping[str, Tensor]] = {}
         place = flatten(ranking.graph, ranking.rank)
 
         def measure(sizes: Tensor) -> Asking[Tensor]:
-            found = yield Asked(ground, ranking, sizes, ground.conditions)
-            values.update(zip(sizes.tolist(), found, strict=True))
+            answer = yield Asked(ground, ranking, sizes, ground.conditions)
+            values.update(
+                {
+                    size: {name: value[point] for name, value in answer.items()}
+                    for point, size in enumerate(sizes.tolist())
+                }
+            )
+            found = answer[""]
             together = gauge.faithfulness(found).double()
             for other in self.grounds[1:]:
                 together = torch.minimum(together, other.tried(place < sizes[:, None]).faithfulness)
@@ -299,13 +381,18 @@ class _Making:
         alone = len(self.grounds) == 1
         several = (gauge.full is not None or len(setting.examples) > 1) and alone
         by_component = isinstance(ranking.graph, ComponentGraph)
+
+        def measured(name: str) -> Float[Tensor, "point example"]:
+            return torch.stack([values[size][name] for size in known.sizes.tolist()])
+
         return DensityCurve(
             known.sizes, known.faithfulness, ranking, self.thresholds, gauge.metric, ground.conditions,
             entropy=float(entropy(setting.clean_logits).mean()),
             top_token=int(top),
             top_text=self.model.texts([int(top)])[0],
             top_probability=float(setting.clean_logits[0].softmax(-1)[top]),
-            values=torch.stack([values[size] for size in known.sizes.tolist()]) if several else None,
+            values=measured("") if several else None,
+            also={name: measured(name).mean(1) for name in gauge.also},
             full=gauge.full,
             empty=gauge.empty,
             pruned_sizes=ranking.sizes_after_pruning(known.sizes) if by_component else None,
@@ -324,9 +411,8 @@ class _Making:
         complement = replace(conditions, inverse=True, keep_residual=False)
 
         def points(ranking: Ranking, conditions: Conditions) -> Asking[Points]:
-            return Points(
-                coarse, self.ground.gauge.faithfulness((yield Asked(self.ground, ranking, coarse, conditions)))
-            )
+            answer = yield Asked(self.ground, ranking, coarse, conditions)
+            return Points(coarse, self.ground.gauge.faithfulness(answer[""]))
 
         random = yield from points(grown, at_random)
         return replace(curve, random=random, inverse=(yield from points(ranking, complement)))

@@ -26,19 +26,18 @@ from tracedensity.tight import TightCurve
 _FORMAT = 1
 
 
-def save_circuit(circuit: Circuit, path: str | PathLike[str]) -> None:
-    """Write a circuit: its masks, and all that `Circuit` says of it."""
-    _write("circuit", *_circuit_parts(circuit), path)
+def circuit_file(circuit: Circuit) -> bytes:
+    """The file of a circuit: its masks, and all that `Circuit` says of it."""
+    return _file("circuit", *_circuit_parts(circuit))
 
 
-def save_curve(curve: DensityCurve, path: str | PathLike[str]) -> None:
-    """Write a curve with its ranking, from which its circuits are made again, or all that it is the envelope of."""
+def curve_file(curve: DensityCurve) -> bytes:
+    """The file of a curve: its ranking, from which its circuits are made again, or all that it is the envelope of."""
     if type(curve) is DensityCurve and curve.robust is None:
-        _write("density", *_curve_parts(curve), path)
-        return
+        return _file("density", *_curve_parts(curve))
     parts = _parts(curve, "")
     tensors = {f"{part}:{name}": value for part, (values, _) in parts.items() for name, value in values.items()}
-    _write("curves", tensors, {"parts": {part: about for part, (_, about) in parts.items()}}, path)
+    return _file("curves", tensors, {"parts": {part: about for part, (_, about) in parts.items()}})
 
 
 def _parts(curve: DensityCurve, prefix: str) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:
@@ -77,6 +76,7 @@ def _curve_parts(curve: DensityCurve) -> tuple[dict[str, Tensor], dict[str, Any]
     for name in ("values", "full", "empty", "pruned_sizes"):
         if (value := getattr(curve, name)) is not None:
             tensors[name] = value
+    tensors |= {f"also/{name}": values for name, values in curve.also.items()}
     if curve.ranking.natural_sizes is not None:
         tensors["natural_sizes"] = curve.ranking.natural_sizes
     about = {
@@ -150,11 +150,11 @@ def load(path: str | PathLike[str]) -> Circuit | DensityCurve:
         ) from error
 
 
-def _write(kind: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any], path: str | PathLike[str]) -> None:
-    text = json.dumps({"kind": kind, "format": _FORMAT, "versions": _versions(), **about})
+def _file(kind: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> bytes:
+    text = json.dumps({"kind": kind, "format": _FORMAT, "versions": versions(), **about})
     own = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     # as bytes: a file that safetensors makes itself can be read by its owner only
-    replace_file(path, save(own, {"tracedensity": text, "sha256": _checksum(own, text)}))
+    return save(own, {"tracedensity": text, "sha256": _checksum(own, text)})
 
 
 def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
@@ -165,7 +165,8 @@ def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
     return digest.hexdigest()
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of this package and of those that numbers depend on."""
     found = {"torch": str(torch.__version__)}
     for package in ("tracedensity", "transformer-lens"):
         try:
@@ -223,6 +224,7 @@ def _read_curve(tensors: dict[str, Tensor], about: dict[str, Any]) -> DensityCur
         full=tensors.get("full"),
         empty=tensors.get("empty"),
         pruned_sizes=tensors.get("pruned_sizes"),
+        also={name.removeprefix("also/"): value for name, value in tensors.items() if name.startswith("also/")},
         situations=tuple(about.get("situations", ())),
     )
 

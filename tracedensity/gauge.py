@@ -24,6 +24,7 @@ class Gauge:
         setting: Where circuits are run.
         full: The metric of the model on each example; None where the metric compares with the model by itself.
         empty: That of the circuit without edges, likewise.
+        also: Names of what else is measured.
     """
 
     metric: str
@@ -31,18 +32,22 @@ class Gauge:
     setting: Setting
     full: Float[Tensor, " example"] | None = None
     empty: Float[Tensor, " example"] | None = None
+    also: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, setting: Setting, graph: Graph, metric: str | Metric | None) -> "Gauge":
-        """The gauge of a metric; by default that of the task, or the total variation distance."""
+    def of(
+        cls, setting: Setting, graph: Graph, metric: str | Metric | None, also: Mapping[str, str | Metric] | None = None
+    ) -> "Gauge":
+        """The gauge of a metric, by default that of the task or total variation distance, and of others beside it."""
+        also = also or {}
         if metric is None:
             metric = named_metric(None, setting.examples)[0] if setting.asked else "tv"
         name = metric if isinstance(metric, str) else named_metric(metric, setting.examples)[0]
         if name in CONVERSIONS:
-            return cls(name, measure_of(setting, {"": name}), setting)
-        measure = measure_of(setting, {"": named_metric(metric, setting.examples)[1]})
+            return cls(name, measure_of(setting, {"": name, **also}), setting, also=tuple(also))
+        measure = measure_of(setting, {"": named_metric(metric, setting.examples)[1], **also})
         full = measure(setting.clean_logits[None], slice(None))[""][0].cpu()
-        return cls(name, measure, setting, full, empty_values(setting, graph, measure)[""])
+        return cls(name, measure, setting, full, empty_values(setting, graph, measure)[""], tuple(also))
 
     @property
     def tells(self) -> bool:

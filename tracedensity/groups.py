@@ -95,6 +95,26 @@ def by_head(graph: Graph) -> Groups:
     return Groups(graph, _layers(graph), columns, _spread(graph, cells))
 
 
+def by_component(graph: Graph) -> Groups:
+    """Edges by what brings them, whatever the token: one row, and a column for each.
+
+    On the token graph these are heads (``a0.h1``), MLPs (``m0``) and the skip connections around them (``r0.attn``,
+    ``r0.mlp``); on the component graph they are writers.
+    """
+    graph = _known(graph)
+    if isinstance(graph, ComponentGraph):
+        cells = {"edge": torch.arange(graph.n_writers)}
+        return Groups(graph, ("all",), tuple(graph.writers), _spread(graph, cells))
+    layers = torch.arange(graph.n_layers)
+    names = [f"a{layer}.h{head}" for layer in range(graph.n_layers) for head in range(graph.n_heads)]
+    cells = {"head": torch.arange(len(names)).view(graph.n_layers, -1)}
+    for kind, name in (("mlp", "m{}"), ("neuron", "m{}"), ("resid_attn", "r{}.attn"), ("resid_mlp", "r{}.mlp")):
+        if kind in graph.shapes:
+            cells[kind] = len(names) + layers
+            names += [name.format(layer) for layer in range(graph.n_layers)]
+    return Groups(graph, ("all",), tuple(names), _spread(graph, cells))
+
+
 def by_token(graph: Graph) -> Groups:
     """Edges by sublayer and by token.
 

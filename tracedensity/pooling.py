@@ -1,6 +1,6 @@
 """Pooling: circuits that several curves want measured are run in the same batches."""
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias, TypeVar
 
@@ -19,6 +19,9 @@ from tracedensity.setting import rows_at_once
 
 T = TypeVar("T")
 
+FAILURES = (ValueError, torch.OutOfMemoryError)
+"""What a prompt may fail with, by itself."""
+
 
 @dataclass(frozen=True, eq=False)
 class Asked:
@@ -36,13 +39,14 @@ class Asked:
     sizes: Int[Tensor, " point"]
     conditions: Conditions
 
-    def answer(self) -> Float[Tensor, "point example"]:
-        """The metric of the gauge, each circuit on each example."""
+    def answer(self) -> "Answer":
+        """What the gauge measures, each circuit on each example."""
         ground = self.ground
-        return run_family(
+        found = run_family(
             ground.setting, ground.graph, self.ranking.rank, self.sizes, self.conditions, ground.gauge.measure,
             ground.batch_size,
-        )[""].cpu()  # fmt: skip
+        )  # fmt: skip
+        return {name: values.cpu() for name, values in found.items()}
 
     @property
     def graph(self) -> TokenGraph | None:
@@ -52,7 +56,10 @@ class Asked:
         return graph if isinstance(graph, TokenGraph) and not alone else None
 
 
-Asking: TypeAlias = Generator[Asked, Float[Tensor, "point example"], T]
+Answer: TypeAlias = Mapping[str, Float[Tensor, "point example"]]
+"""Metrics of circuits on examples, that of faithfulness under the name ""."""
+
+Asking: TypeAlias = Generator[Asked, Answer, T]
 """What asks for circuits one time after another, and then has a result."""
 
 
@@ -100,7 +107,7 @@ def together(askings: Iterable[Asking[T]], n_rows: int) -> Iterator[T]:
 def _advance(
     number: int,
     asking: Asking[T],
-    reply: Tensor | ValueError | None,
+    reply: Answer | Exception | None,
     active: dict[int, tuple[Asking[T], Asked]],
     done: dict[int, T],
 ) -> None:
@@ -109,15 +116,15 @@ def _advance(
         if reply is None:
             asked = next(asking)
         else:
-            asked = asking.throw(reply) if isinstance(reply, ValueError) else asking.send(reply)
+            asked = asking.throw(reply) if isinstance(reply, Exception) else asking.send(reply)
         active[number] = asking, asked
     except StopIteration as end:
         done[number] = end.value
 
 
-def _answers(active: Sequence[tuple[object, Asked]]) -> list[Tensor | ValueError]:
+def _answers(active: Sequence[tuple[object, Asked]]) -> list[Answer | Exception]:
     """What each asks for, or why it is not to be had."""
-    answers: dict[int, Tensor | ValueError] = {}
+    answers: dict[int, Answer | Exception] = {}
     pools: dict[object, list[int]] = {}
     for number, (_, asked) in enumerate(active):
         graph = asked.graph
@@ -128,19 +135,19 @@ def _answers(active: Sequence[tuple[object, Asked]]) -> list[Tensor | ValueError
         try:
             replies = _pooled(some) if some[0].graph is not None and len(some) > 1 else [some[0].answer()]
             answers |= dict(zip(numbers, replies, strict=True))
-        except ValueError:  # a value that is not finite: of which?
+        except FAILURES:  # a value that is not finite, or too long a prompt: of which?
             answers |= {number: _answer(asked) for number, asked in zip(numbers, some, strict=True)}
     return [answers[number] for number in range(len(active))]
 
 
-def _answer(asked: Asked) -> Tensor | ValueError:
+def _answer(asked: Asked) -> Answer | Exception:
     try:
         return asked.answer()
-    except ValueError as error:
+    except FAILURES as error:
         return error
 
 
-def _pooled(asked: Sequence[Asked]) -> list[Float[Tensor, "point 1"]]:
+def _pooled(asked: Sequence[Asked]) -> list[Answer]:
     """Circuits of the same model on prompts of their own, as rows of the same batches.
 
     Prompts of similar length go together; the shorter ones of a batch are padded behind, where nothing reaches their
@@ -155,10 +162,11 @@ def _pooled(asked: Sequence[Asked]) -> list[Float[Tensor, "point 1"]]:
         for part in slices(len(owner), rows_at_once(model, longest)):
             logits.append(_run(asked, owner[part], size[part]))
     rows = torch.cat(logits)
-    return [
-        each.ground.gauge.measure(rows[(owner == number).to(rows.device)][:, None], slice(None))[""].cpu()
-        for number, each in enumerate(asked)
-    ]
+    answers = []
+    for number, each in enumerate(asked):
+        own = rows[(owner == number).to(rows.device)][:, None]
+        answers.append({name: values.cpu() for name, values in each.ground.gauge.measure(own, slice(None)).items()})
+    return answers
 
 
 def _run(asked: Sequence[Asked], owner: Int[Tensor, " row"], size: Int[Tensor, " row"]) -> Float[Tensor, "row d_vocab"]:

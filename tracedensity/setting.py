@@ -50,9 +50,12 @@ class Setting:
     @cached_property
     def examples(self) -> Examples:
         """The prompts with answers, and with what the model predicts; it is run when this is first asked for."""
-        parts = self.prompts.parts(rows_at_once(self.model, self.prompts.tokens.shape[1]))
-        rows = [self.model.observe(self.prompts.tokens[part], {}, self.prompts.last[part]) for part in parts]
-        logits = torch.cat(rows)
+        logits = self.prompts.clean_logits
+        if logits is None:
+            parts = self.prompts.parts(rows_at_once(self.model, self.prompts.tokens.shape[1]))
+            logits = torch.cat(
+                [self.model.observe(self.prompts.tokens[part], {}, self.prompts.last[part]) for part in parts]
+            )
         answer = logits.argmax(-1)[:, None] if self.prompts.answer is None else self.prompts.answer
         return replace(self.prompts, clean_logits=logits, answer=answer)
 
@@ -61,6 +64,10 @@ class Setting:
         """What the model predicts."""
         assert self.examples.clean_logits is not None
         return self.examples.clean_logits
+
+    def predicting(self, logits: Float[Tensor, "example d_vocab"]) -> "Setting":
+        """The same where the model's predictions are known already."""
+        return replace(self, prompts=replace(self.prompts, clean_logits=logits))
 
     def answered(self, token: int) -> "Setting":
         """The same with one token for the answer to every example."""

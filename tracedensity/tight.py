@@ -54,7 +54,7 @@ class TightCurve(DensityCurve):
             best[int((sizes == published.n_edges).nonzero()[0])] = True
         sizes, heights = sizes[best], heights[best].cummax(0).values
         shared = {each.name: getattr(published, each.name) for each in fields(DensityCurve)}
-        shared |= {"sizes": sizes, "faithfulness": heights, "values": None, "pruned_sizes": None}
+        shared |= {"sizes": sizes, "faithfulness": heights, "values": None, "pruned_sizes": None, "also": {}}
         return cls(**shared, published=published, families=tuple(families), refined=tuple(refined))
 
     _is_envelope = True

@@ -335,9 +335,9 @@ class Circuit:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write to one safetensors file, metadata included; `td.load` reads it."""
-        from tracedensity.files import save_circuit
+        from tracedensity.files import circuit_file, replace_file
 
-        save_circuit(self, path)
+        replace_file(path, circuit_file(self))
 
     def plot(self, scores: "Scores | None" = None, *, theme: "Theme | str" = "light", **options: Any) -> "go.Figure":
         """The circuit: tokens across and layers up, or on the component graph heads and MLPs, layers up.

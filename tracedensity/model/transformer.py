@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, SupportsIndex, TypeAlias, get_args
 
@@ -37,6 +37,7 @@ class Transformer(Shape):
     """
 
     adapter: Adapter
+    _known_fingerprint: str = field(default="", init=False, repr=False)
 
     @property
     def model(self) -> Any:
@@ -117,6 +118,22 @@ class Transformer(Shape):
                 f"`position` must be a token of the prompt, from {-len(ids)} to {len(ids) - 1}, got {position}."
             )
         return ids[: position % len(ids) + 1].to(self.device)
+
+    def pieces(self, text: str) -> list[int]:
+        """Token ids of text in the middle of a sequence: none is put before it, and it may be of any length.
+
+        Raises:
+            ValueError: If the model has no tokenizer.
+        """
+        if self.model.tokenizer is None:
+            raise ValueError("`prompt` must be token ids: this model has no tokenizer to read text with.")
+        return list(self.model.tokenizer.encode(text, add_special_tokens=False, verbose=False))
+
+    @cached_property
+    def beginning(self) -> tuple[int, ...]:
+        """What `tokens` puts before a text: the token that begins a sequence, or nothing."""
+        whole, own = self.tokens("a").tolist(), self.pieces("a")
+        return tuple(whole[: len(whole) - len(own)])
 
     def texts(self, ids: Int[Tensor, " pos"] | Sequence[int]) -> list[str]:
         """The text of each token; its id where the model has no tokenizer."""
@@ -591,6 +608,16 @@ class Transformer(Shape):
         norm = None if scale is None else self.norm("attn_out", layer)
         return None if norm is None or scale is None else norm.frozen(scale)
 
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """While open, nothing changes the weights: they are looked through once."""
+        outer = self._known_fingerprint
+        object.__setattr__(self, "_known_fingerprint", outer or self.fingerprint())
+        try:
+            yield
+        finally:
+            object.__setattr__(self, "_known_fingerprint", outer)
+
     def fingerprint(self) -> str:
         """A short hash of the architecture and of all weights: the same model, or another.
 
@@ -601,6 +628,8 @@ class Transformer(Shape):
         Raises:
             ValueError: If a weight is NaN or infinite, naming the first.
         """
+        if self._known_fingerprint:
+            return self._known_fingerprint
         digest = hashlib.sha256()
         shape = (self.n_layers, self.n_heads, self.n_kv_heads, self.d_model, self.d_mlp, self.d_vocab)
         digest.update(json.dumps([*shape, self.adapter.behaviour()], sort_keys=True).encode())

@@ -1,0 +1,347 @@
+"""Contexts: the prompts of a sweep, read from files or cut out of text, one after another."""
+
+import csv
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
+from operator import index
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from tracedensity.model import Transformer
+
+SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
+"""Files that prompts are read from."""
+
+_COLUMNS = ("prompt", "text", "content")
+"""Where a table has its prompts, if nothing else is said: the first of these that it has."""
+
+_ROWS = 1024
+"""Rows of a Parquet file that are read together."""
+
+_TITLE = re.compile(r"\s*= [^=].* =\s*")  # of an article, as WikiText writes it
+
+
+@dataclass(frozen=True)
+class Context:
+    """One prompt of a sweep, and what is known of it.
+
+    Attributes:
+        id: Its name among all.
+        prompt: Text or token ids.
+        target: What comes next where it was taken from: text, which is read up to its first token, or a token id.
+        document: What it was taken from. Contexts of one document are alike: intervals and cross-validation keep them
+            together.
+        source: The file.
+        domain: What kind of text it is, if that was said.
+        group: Contexts of one group have the same target and differ in how far back they reach.
+        error: Why it could not be read; "" if it could.
+    """
+
+    id: str
+    prompt: str | tuple[int, ...] = ""
+    target: str | int | None = None
+    document: str = ""
+    source: str = ""
+    domain: str = ""
+    group: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How text becomes contexts.
+
+    A paragraph, which is a line, is cut into pieces that do not overlap, from its beginning; what is too short for one
+    is left out, so that no context reaches over two paragraphs.
+
+    Attributes:
+        words: Words (what spaces part) of a context; the next word is its target.
+        tokens: Tokens of a context, without one that begins a sequence; the next one is the target. Several numbers
+            give several contexts for each target.
+        per_document: At most so many pieces of each document.
+    """
+
+    words: int | None = None
+    tokens: tuple[int, ...] = ()
+    per_document: int | None = None
+
+    def __post_init__(self) -> None:
+        numbers = {"context_words": self.words, "per_document": self.per_document}
+        numbers |= {"context_tokens": min(self.tokens)} if self.tokens else {}
+        for name, number in numbers.items():
+            if number is not None and (not hasattr(number, "__index__") or index(number) < 1):
+                raise ValueError(f"`{name}` must be at least 1, got {number!r}.")
+        if self.words is not None and self.tokens:
+            raise ValueError("give one of `context_words` and `context_tokens`: a context is counted in one of them.")
+        if self.per_document is not None and not self:
+            raise ValueError("`per_document` must come with `context_words` or `context_tokens`: nothing is cut.")
+        if len(set(self.tokens)) < len(self.tokens):
+            raise ValueError(f"`context_tokens` must be different numbers, got {list(self.tokens)}.")
+
+    def __bool__(self) -> bool:
+        return self.words is not None or bool(self.tokens)
+
+    def pieces(self, document: Context, lines: Iterable[str], model: Transformer) -> Iterator[Context]:
+        """The contexts of a document, given its paragraphs."""
+        n_pieces = 0
+        for number, line in enumerate(lines):
+            cut = self._by_words(line) if self.words is not None else self._by_tokens(line, model)
+            for piece, some in enumerate(cut):
+                if self.per_document is not None and n_pieces >= self.per_document:
+                    return
+                n_pieces += 1
+                name = f"{document.id}:{number}:{piece}"
+                several = len(some) > 1
+                for prompt, target in some:
+                    length = f":{len(prompt) - len(model.beginning)}" if several else ""
+                    yield replace(
+                        document, id=name + length, prompt=prompt, target=target, document=document.id,
+                        group=name if several else "",
+                    )  # fmt: skip
+
+    def _by_words(self, line: str) -> Iterator[list[tuple[str, str]]]:
+        words, step = line.split(), (self.words or 0) + 1
+        for start in range(0, len(words) - step + 1, step):
+            *context, target = words[start : start + step]
+            yield [(" ".join(context), " " + target)]
+
+    def _by_tokens(self, line: str, model: Transformer) -> Iterator[list[tuple[tuple[int, ...], int]]]:
+        ids, longest = model.pieces(line), max(self.tokens)
+        for start in range(0, len(ids) - longest, longest + 1):
+            end = start + longest
+            yield [((*model.beginning, *ids[end - length : end]), ids[end]) for length in self.tokens]
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Where contexts come from; they are read anew each time, and never all held at once.
+
+    Attributes:
+        given: Files; or prompts, a table of them or a list of records among them.
+        cut: How their text becomes contexts; a false one if each is a prompt as it is.
+        column: Where tables have their prompts.
+    """
+
+    given: tuple[Path, ...] | Sequence[Any]
+    cut: Cut
+    column: str | None = None
+
+    @classmethod
+    def of(cls, prompts: object, cut: Cut, column: str | None = None) -> "Corpus":
+        """The contexts of what a user gives.
+
+        Args:
+            prompts: Paths of files, one or several; a pandas DataFrame; or a list of prompts (texts or token ids) or of
+                dictionaries like the rows of one.
+            cut: How text becomes contexts.
+            column: Which column holds the prompts.
+
+        Raises:
+            ValueError: If it is none of these.
+        """
+        if isinstance(prompts, str | PathLike):
+            prompts = [Path(prompts)]
+        records = getattr(prompts, "to_dict", None)
+        if records is not None and not isinstance(prompts, Mapping):
+            prompts = list(records(orient="records"))  # a DataFrame
+        if not isinstance(prompts, Sequence) or not len(prompts):
+            raise ValueError(
+                "`prompts` must be a file, several files, a DataFrame or a list of prompts, got "
+                + ("none." if isinstance(prompts, Sequence) else f"a {type(prompts).__name__}.")
+            )
+        if all(isinstance(each, PathLike) for each in prompts):
+            return cls(tuple(_file(Path(each)) for each in prompts), cut, column)
+        return cls(prompts, cut, column)
+
+    def contexts(self, model: Transformer) -> Iterator[Context]:
+        """All of them, in an order that is always the same."""
+        if self._files is None:
+            yield from self._of_rows(("prompts", "", None), enumerate(self.given), model)
+            return
+        names = _distinct(self._files)
+        for path, name in zip(self._files, names, strict=True):
+            if path.suffix == ".txt":
+                yield from self._of_text(path, name, model)
+            else:
+                yield from self._of_rows((name, name, path), _READERS[path.suffix](path), model)
+
+    @property
+    def _files(self) -> tuple[Path, ...] | None:
+        return self.given if isinstance(self.given, tuple) and isinstance(self.given[0], Path) else None
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        """What the contexts are made of, as what JSON can hold: the same for the same contexts, wherever files are."""
+        if self._files is None:
+            digest = hashlib.sha256()
+            for each in self.given:
+                digest.update(json.dumps(each, default=_plain, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+            sources = [{"name": "prompts", "sha256": digest.hexdigest()}]
+        else:
+            names = _distinct(self._files)
+            sources = [{"name": name, "sha256": _sha256(path)} for path, name in zip(self._files, names, strict=True)]
+        return {
+            "sources": sources,
+            "context_words": self.cut.words,
+            "context_tokens": list(self.cut.tokens),
+            "per_document": self.cut.per_document,
+            "column": self.column,
+        }
+
+    def _of_text(self, path: Path, name: str, model: Transformer) -> Iterator[Context]:
+        """Each line of a text file, or what its documents are cut into.
+
+        Documents begin where WikiText has the title of an article, or else behind empty lines.
+        """
+        if not self.cut:
+            for number, line in enumerate(_lines(path)):
+                if line.strip():
+                    own = f"{name}:{number}"
+                    yield Context(own, prompt=line, document=own, source=name)
+            return
+        with_titles = any(_TITLE.fullmatch(line) for line in _lines(path))
+        number, lines = 0, []
+        for line in chain(_lines(path), [None]):
+            begins = line is None or (_TITLE.fullmatch(line) if with_titles else not line.strip())
+            if begins and lines:
+                document = Context(f"{name}:{number}", source=name)
+                yield from self.cut.pieces(document, lines, model)
+                number, lines = number + 1, []
+            if line is not None and line.strip():
+                lines.append(line)
+
+    def _of_rows(
+        self, place: tuple[str, str, Path | None], rows: Iterable[tuple[int, Any]], model: Transformer
+    ) -> Iterator[Context]:
+        """Prompts of a table or list, or what each text of it is cut into."""
+        name, source, path = place
+        for number, row in rows:
+            try:
+                context = self._of_row(row, f"{name}:{number}", source)
+            except ValueError as error:
+                if path is not None and "column" in str(error) and number == 0:
+                    raise ValueError(f"`prompts`: {path}: {error}") from error  # all others would say the same
+                yield Context(f"{name}:{number}", document=f"{name}:{number}", source=source, error=str(error))
+                continue
+            if self.cut and isinstance(context.prompt, str):
+                pieces = self.cut.pieces(replace(context, id=context.document), context.prompt.splitlines(), model)
+                yield from pieces
+            else:
+                yield context
+
+    def _of_row(self, row: Any, name: str, source: str) -> Context:
+        if isinstance(row, ValueError):
+            raise row
+        if not isinstance(row, Mapping):
+            return Context(name, _prompt(row), document=name, source=source)
+        columns = _COLUMNS if self.column is None else (self.column,)
+        column = next((each for each in columns if each in row), None)
+        if column is None:
+            raise ValueError(f"the column of prompts must be one of {list(columns)}, got {list(row)[:8]}.")
+        own = _text(row.get("id")) or name
+        target = row.get("target")
+        if _missing(target):
+            target = None
+        return Context(
+            own,
+            _prompt(row[column]),
+            target if target is None or isinstance(target, str) else index(target),
+            document=_text(row.get("document")) or own,
+            source=source,
+            domain=_text(row.get("domain")),
+            group=_text(row.get("group")),
+        )
+
+
+def _file(path: Path) -> Path:
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(f"`prompts` must be files, got {str(path)!r}, which {what}. Prompts themselves go in a list.")
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"`prompts` must be files that end in one of {', '.join(SUFFIXES)}, got {str(path)!r}.")
+    return path
+
+
+def _distinct(paths: Sequence[Path]) -> list[str]:
+    """Names of files; where two are called alike, with a number."""
+    names: list[str] = []
+    for path in paths:
+        name, number = path.name, 2
+        while name in names:
+            name, number = f"{path.name}#{number}", number + 1
+        names.append(name)
+    return names
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            yield line.rstrip("\n")
+
+
+def _of_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    number = 0
+    for line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            row = ValueError(f"the line is no JSON ({error}).")
+        yield number, row
+        number += 1
+
+
+def _of_csv(path: Path) -> Iterator[tuple[int, Any]]:
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        yield from enumerate(csv.DictReader(file))
+
+
+def _of_parquet(path: Path) -> Iterator[tuple[int, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"`prompts` must be Parquet files, got {str(path)!r}, which is none ({error}).") from error
+    with file:
+        batches = file.iter_batches(batch_size=_ROWS)
+        yield from enumerate(row for batch in batches for row in batch.to_pylist())
+
+
+_READERS = {".jsonl": _of_jsonl, ".csv": _of_csv, ".parquet": _of_parquet}
+
+
+def _prompt(given: Any) -> str | tuple[int, ...]:
+    if isinstance(given, str):
+        return given
+    if _missing(given):
+        raise ValueError("the prompt is missing.")
+    try:
+        return tuple(index(each) for each in (given.tolist() if hasattr(given, "tolist") else given))
+    except TypeError as error:
+        raise ValueError(f"the prompt must be text or token ids, got a {type(given).__name__}.") from error
+
+
+def _missing(value: Any) -> bool:
+    return value is None or value != value or (isinstance(value, str) and not value)
+
+
+def _text(value: Any) -> str:
+    return "" if _missing(value) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else str(value)

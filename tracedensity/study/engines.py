@@ -1,0 +1,119 @@
+"""Engines: where the parts of a sweep are run."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, replace
+from threading import Thread
+from typing import Any
+
+from tracedensity.extras import extra
+from tracedensity.study.contexts import Context
+from tracedensity.study.work import Done, Part, Work, Worker
+
+_workers: dict[str, Worker] = {}  # of this process, by sweep: one model is held
+
+
+def here(worker: Worker, parts: Iterable[Part]) -> Iterator[Done]:
+    """One part after another, in this process."""
+    yield from map(worker, parts)
+
+
+def in_processes(work: Work, parts: Iterable[Part], n_workers: int) -> Iterator[Done]:
+    """Several parts at a time, in processes that each load the model; as they get done."""
+    from joblib import Parallel, delayed
+
+    run: Callable[..., Any] = delayed(_run)
+    one_by_one: dict[str, Any] = {"batch_size": 1, "pre_dispatch": "2*n_jobs", "return_as": "generator_unordered"}
+    parallel: Callable[..., Any] = Parallel(n_jobs=n_workers, **one_by_one)
+    yield from parallel(run(work, part, os.getpid()) for part in parts)
+
+
+def _run(work: Work, part: Part, parent: int) -> Done:
+    if work.sweep not in _workers:
+        Thread(target=_end_with, args=(parent,), daemon=True).start()
+        _workers.clear()
+        _workers[work.sweep] = Worker(work)
+    return _workers[work.sweep](part)
+
+
+def _end_with(parent: int) -> None:
+    """End this process when the one that started it is gone, however it went."""
+    while True:
+        try:
+            os.kill(parent, 0)
+        except OSError:
+            os._exit(1)
+        time.sleep(1)
+
+
+def on_ray(work: Work, parts: Iterable[Part], n_workers: int, n_gpus: float) -> Iterator[Done]:
+    """Several parts at a time, on the machines of a Ray cluster; as they get done.
+
+    Args:
+        work: What to do; the name of the model must mean the same on every machine.
+        parts: The parts.
+        n_workers: Actors, each of which has the model once.
+        n_gpus: GPUs of each; an actor may have a share of one.
+    """
+    ray, data = extra("ray", "ray", "sweeps on a cluster"), extra("ray.data", "ray", "sweeps on a cluster")
+    if not ray.is_initialized():
+        ray.init(logging_level="warning", log_to_driver=False)
+    context = data.DataContext.get_current()
+    shown, context.enable_progress_bars = context.enable_progress_bars, False
+    try:
+        rows = [{"number": part.number, "first": part.first, "contexts": _written(part)} for part in parts]
+        if not rows:
+            return
+        done = data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            Actor,
+            batch_size=1,
+            fn_constructor_args=(work,),
+            compute=data.ActorPoolStrategy(size=min(n_workers, len(rows))),
+            num_cpus=work.threads,
+            num_gpus=n_gpus or None,
+        )
+        for batch in done.iter_batches(batch_size=None, batch_format="numpy"):
+            for row in zip(*(batch[name] for name in ("files", "content", "n_prompts", "n_errors")), strict=True):
+                yield _unpacked(*row)
+    finally:
+        context.enable_progress_bars = shown
+
+
+class Actor:
+    """A worker as Ray Data has it: rows of a batch in, rows of a batch out."""
+
+    def __init__(self, work: Work) -> None:
+        self.worker = Worker(work)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        found: dict[str, list[Any]] = {"files": [], "content": [], "n_prompts": [], "n_errors": []}
+        for number, first, contexts in zip(batch["number"], batch["first"], batch["contexts"], strict=True):
+            done = self.worker(Part(int(number), int(first), _read(str(contexts))))
+            found["files"].append(json.dumps({name: len(content) for name, content in done.files.items()}))
+            found["content"].append(b"".join(done.files.values()))
+            found["n_prompts"].append(done.n_prompts)
+            found["n_errors"].append(done.n_errors)
+        return found
+
+
+def _unpacked(files: Any, content: Any, n_prompts: Any, n_errors: Any) -> Done:
+    """What a part's row holds."""
+    found, start, content = {}, 0, bytes(content)
+    for name, length in json.loads(str(files)).items():
+        found[name] = content[start : start + length]
+        start += length
+    return Done(found, int(n_prompts), int(n_errors))
+
+
+def _written(part: Part) -> str:
+    return json.dumps([asdict(context) for context in part.contexts])
+
+
+def _read(contexts: str) -> tuple[Context, ...]:
+    found = (Context(**context) for context in json.loads(contexts))
+    return tuple(
+        context if isinstance(context.prompt, str) else replace(context, prompt=tuple(context.prompt))
+        for context in found
+    )

@@ -1,0 +1,202 @@
+"""The folder of a sweep: what it says of itself, its parts, and how they are read."""
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+from uuid import uuid4
+
+from tracedensity.study.table import SCHEMA, TableName
+from tracedensity.study.work import Files, Part
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MANIFEST = "sweep.json"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Where a sweep writes.
+
+    Attributes:
+        path: The folder.
+        sweep: A hash of all that the rows depend on, which every file of rows has in it.
+    """
+
+    path: Path
+    sweep: str
+
+    @classmethod
+    def of(cls, path: str | PathLike[str], about: Mapping[str, Any], resume: bool) -> "Folder":
+        """The folder for a sweep, made or found.
+
+        Args:
+            path: The folder.
+            about: All that the rows depend on, as what JSON can hold.
+            resume: Whether it may hold a part of this sweep already.
+
+        Raises:
+            ValueError: If it is no folder, or holds something else or, unless it may, this sweep.
+        """
+        path = Path(path)
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"`out` must be a folder, got {str(path)!r}, which is a file.")
+        about = json.loads(json.dumps(about))  # tuples are lists
+        folder = cls(path, sweep_of(about))
+        manifest = path / MANIFEST
+        if not manifest.exists():
+            names = [name for name in os.listdir(path) if not name.startswith(".")] if path.is_dir() else []
+            if names and not manifest.exists():  # another shard may have begun in between
+                raise ValueError(f"`out` must be empty, new, or the folder of a sweep, got {str(path)!r}.")
+            path.mkdir(parents=True, exist_ok=True)
+            folder.write(MANIFEST, (json.dumps({"schema": SCHEMA, **about}, indent=2) + "\n").encode())
+            return folder
+        if not resume:
+            raise ValueError(f"`out` must be new without `resume`, got {str(path)!r}, which holds a sweep.")
+        held = read_manifest(path)
+        held.pop("schema")
+        if (difference := _difference(held, about)) is not None:
+            name, before, now = difference
+            raise ValueError(
+                f"`out` holds a sweep with {name} = {_short(before)}, got {_short(now)}. Go on with the options that "
+                "it was begun with, which are in its sweep.json, or take another folder."
+            )
+        return folder
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file beside, then rename it; what a killed run had left beside it goes.
+
+        Raises:
+            OSError: If it cannot be written, with the file's name; nothing half written stays.
+        """
+        path = self.path / name
+        beside = path.with_name(f".{path.name}.{uuid4().hex}")
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with beside.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(path)
+        except OSError as error:
+            hint = ": what is finished is kept; make room and run the same again" if error.errno == errno.ENOSPC else ""
+            raise OSError(error.errno, os.strerror(error.errno or 0) + hint, str(path)) from error
+        finally:
+            beside.unlink(missing_ok=True)
+        for left in path.parent.glob(f".{path.name}.*"):
+            left.unlink(missing_ok=True)
+
+    def add(self, files: Files) -> None:
+        """Write the files of a part, in their order."""
+        for name, content in files.items():
+            self.write(name, content)
+
+    def has(self, part: Part) -> bool:
+        """Whether a part is there, whole and readable, with at least the prompts that are wanted."""
+        try:
+            ids = [
+                read_part(self.path / part.path(table), table, self.sweep, ["index", "id"])
+                for table in get_args(TableName)
+            ]
+        except (OSError, ValueError):
+            return False
+        wanted = [context.id for context in part.contexts]
+        return ids[0].column("id").to_pylist()[: len(wanted)] == wanted
+
+
+def read_manifest(path: str | PathLike[str]) -> dict[str, Any]:
+    """What a folder of a sweep says of itself.
+
+    Raises:
+        ValueError: If it is none, or was written by a version whose columns are others.
+    """
+    manifest = Path(path) / MANIFEST
+    try:
+        about = json.loads(manifest.read_bytes())
+        version = about["schema"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"`path` must be the folder of a sweep, got {os.fspath(path)!r} ({error}).") from error
+    if version != SCHEMA:
+        raise ValueError(f"`path` must be a sweep with columns of version {SCHEMA}, got version {version}.")
+    return about
+
+
+def sweep_of(about: Mapping[str, Any]) -> str:
+    """The hash of a manifest that files of rows have in them."""
+    rest = {name: value for name, value in about.items() if name != "schema"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_part(path: Path, table: str, sweep: str, columns: list[str] | None = None) -> Any:
+    """The rows of a part, as a pyarrow table.
+
+    Raises:
+        OSError: If there is no such file.
+        ValueError: If it is damaged, or of another sweep.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        rows = pq.read_table(path, columns=columns, page_checksum_verification=True)
+        about = json.loads((rows.schema.metadata or {})[b"tracedensity"])
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}).") from error
+    if (about["table"], about["schema"], about["sweep"]) != (table, SCHEMA, sweep):
+        raise ValueError(f"{path} belongs to another sweep.")
+    return rows
+
+
+def read_sweep(path: str | PathLike[str], table: TableName | str = "prompts") -> "pd.DataFrame":
+    """The rows that a sweep has written, in the order of its prompts.
+
+    Args:
+        path: Its folder.
+        table: ``"prompts"``, one row per prompt; ``"thresholds"``, one per prompt and threshold; ``"points"``, one per
+            prompt and size of the density papers. The columns are in `tracedensity.study.table.TABLES` and in the docs.
+
+    Returns:
+        The table; `attrs["sweep"]` is what the folder says of itself.
+
+    Raises:
+        ValueError: If it is no folder of a sweep, or a part of it is damaged.
+    """
+    import pyarrow as pa
+
+    if table not in get_args(TableName):
+        raise ValueError(f"`table` must be one of {list(get_args(TableName))}, got {table!r}.")
+    about = read_manifest(path)
+    parts = sorted((Path(path) / "prompts").glob("part-*.parquet"))
+    if not parts:
+        raise ValueError(f"`path` must be a sweep with rows, got {os.fspath(path)!r}, in which no part is finished.")
+    try:
+        rows = [read_part(Path(path) / table / part.name, table, sweep_of(about)) for part in parts]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{error} Run the sweep again: damaged parts are made anew.") from error
+    found = pa.concat_tables(rows).to_pandas()
+    found.attrs["sweep"] = about
+    return found
+
+
+def _difference(before: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    """The first thing in which two nested dictionaries differ, by its name."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in dict.fromkeys([*before, *now]):
+            found = _difference(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+            if found is not None:
+                return found
+        return None
+    return None if before == now else (name, before, now)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."

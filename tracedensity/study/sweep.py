@@ -1,0 +1,266 @@
+"""Sweeps: density curves of all prompts of a corpus, as tables on disk that a killed run leaves whole."""
+
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from tracedensity.choices import Engine
+from tracedensity.loading import load_model
+from tracedensity.loading.quiet import no_warnings
+from tracedensity.model import Transformer, as_transformer
+from tracedensity.study.contexts import Context, Corpus, Cut
+from tracedensity.study.counts import Counts, count_tokens
+from tracedensity.study.engines import here, in_processes, on_ray
+from tracedensity.study.folder import Folder, read_sweep, sweep_of
+from tracedensity.study.table import TableName
+from tracedensity.study.work import Done, Part, Work, Worker, density_options
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PART_SIZE = 64
+"""Prompts of a part, unless something else is said."""
+
+_PROCESS = 2**29
+"""Bytes that a process takes beside its model."""
+
+_SHARDS = (
+    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"), ("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"),
+)  # fmt: skip
+"""Where Slurm and torchrun say which of how many runs one is."""
+
+_FEW = 200
+"""So many prompts are done before a second process has loaded its model."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep has done.
+
+    Attributes:
+        path: Its folder.
+        n_prompts: Prompts that this run was about.
+        n_made: How many of them it ran; the others were there.
+        n_errors: How many of these have an error in place of numbers.
+        seconds: What that took.
+    """
+
+    path: Path
+    n_prompts: int
+    n_made: int
+    n_errors: int
+    seconds: float
+
+    def table(self, name: TableName | str = "prompts") -> "pd.DataFrame":
+        """Its rows, see `read_sweep`."""
+        return read_sweep(self.path, name)
+
+    def __str__(self) -> str:
+        made = f"{self.n_made:,} of {self.n_prompts:,} prompts run"
+        rate = f" in {self.seconds:.0f} s, {self.n_made / self.seconds:.1f} per second" if self.n_made else ""
+        errors = f"; {self.n_errors:,} have an error, see the column `error`" if self.n_errors else ""
+        return f"{made}{rate}{errors}. The tables are in {self.path}."
+
+
+def sweep(
+    model: object,
+    prompts: object,
+    out: str | PathLike[str],
+    *,
+    context_words: int | None = None,
+    context_tokens: int | Sequence[int] | None = None,
+    per_document: int | None = None,
+    column: str | None = None,
+    counts: Counts | str | PathLike[str] | Sequence[str | PathLike[str]] | None = None,
+    limit: int | None = None,
+    shard: str | tuple[int, int] | None = None,
+    engine: Engine | str = "local",
+    workers: int | None = None,
+    gpus: float | int = 0,
+    threads: int = 1,
+    part_size: int = PART_SIZE,
+    curves: bool = False,
+    circuits: float | int | Sequence[float | int] = (),
+    resume: bool = True,
+    progress: bool | None = None,
+    loading: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Sweep:
+    """Density of all prompts of a corpus: one row per prompt, per threshold and per size, in Parquet files.
+
+    Prompts are run in parts of 64, those of similar length of a part in the same batches. The rows of a part are in
+    files of their own, written beside and renamed: however a run ends, what is finished stays, and the same call goes
+    on where it ended. The rows are, byte for byte, those of a run that nothing stopped, whoever ran them.
+
+    Args:
+        model: A name or folder for `load_model`; or a model, which is run in this process only.
+        prompts: One or several ``.txt``, ``.jsonl``, ``.csv`` or ``.parquet`` files; a DataFrame; or a list of prompts
+            or of dictionaries. In a text file each line is a prompt, unless contexts are cut out of it. Tables have
+            their prompts in `column`, and may have ``id``, ``document``, ``domain``, ``group`` and ``target``.
+        out: The folder to write: new, or that of the same sweep.
+        context_words: Cut text into contexts of so many words, the next word being the target.
+        context_tokens: Or into contexts of so many tokens; several numbers give nested contexts of one target.
+        per_document: At most so many pieces of each document.
+        column: The column of prompts in tables; by default ``prompt``, ``text`` or ``content``.
+        counts: Counts of tokens, or text files to count them in, for how rare the tokens of a prediction are.
+        limit: Only the first so many prompts.
+        shard: ``"i/n"``, for the i-th of n runs, from 0, that share the parts among them without talking to each other;
+            ``"auto"`` to read it from what Slurm or torchrun say.
+        engine: ``"local"``, or ``"ray"`` for a Ray cluster, which needs the extra ``tracedensity[ray]``.
+        workers: Processes, or actors of Ray, each with the model once. By default one for each core, but one for a
+            model that is no name, on an accelerator or too large for more, and for few prompts.
+        gpus: GPUs of each actor of Ray.
+        threads: Threads of PyTorch in each. Last digits depend on it.
+        part_size: Prompts of a part: what is run together, and lost if a run is killed.
+        curves: Whether to write the curve of each prompt, with its ranking, to a file that `td.load` reads.
+        circuits: Faithfulnesses whose circuits are written as well.
+        resume: Whether `out` may hold a part of the sweep already.
+        progress: Whether to show it, with rate and time left; by default in a terminal or notebook.
+        loading: How the model is loaded, as `load_model` takes it: ``{"device": "cuda"}``.
+        options: Any options of `td.density` for one prompt but `sizes`, `also`, `per_example` and `batch_size`.
+
+    Returns:
+        What was done; `Sweep.table` reads the rows.
+
+    Raises:
+        ValueError: If an argument is not as described, or `out` holds something else, such as a sweep with other
+            options. A prompt that is not as described is a row with its error.
+        OSError: If something cannot be written.
+    """
+    options = density_options(options)
+    loading = dict(loading or {})
+    named = isinstance(model, str | os.PathLike)
+    if loading and not named:
+        raise ValueError("`loading` must be left out for a model that is loaded already.")
+    for name, number in {"limit": limit, "workers": workers, "threads": threads, "part_size": part_size}.items():
+        if number is not None and (not hasattr(number, "__index__") or number < 1):
+            raise ValueError(f"`{name}` must be at least 1, got {number!r}.")
+    if engine not in get_args(Engine):
+        raise ValueError(f"`engine` must be one of {list(get_args(Engine))}, got {engine!r}.")
+    if not named and (engine == "ray" or (workers or 1) > 1):
+        raise ValueError(
+            "`model` must be a name or a folder for several processes, each of which loads it, got a model. Save it in "
+            "a folder, or take `workers=1`."
+        )
+    mine = _shard(shard)
+    cut = Cut(context_words, _numbers(context_tokens), per_document)
+    corpus = Corpus.of(prompts, cut, column)
+    kept = tuple(float(each) for each in ([circuits] if isinstance(circuits, float | int) else circuits))
+    if wrong := [each for each in kept if not 0 < each <= 1]:
+        raise ValueError(f"`circuits` must be faithfulnesses above 0 and at most 1, got {wrong}.")
+
+    transformer = as_transformer(load_model(model, **loading))
+    if counts is not None and not isinstance(counts, Counts):
+        counts = count_tokens(transformer, *([counts] if isinstance(counts, str | PathLike) else counts))
+    if counts is not None and len(counts.of_token) != transformer.d_vocab:
+        raise ValueError(
+            f"`counts` must be of the model's own tokens, {transformer.d_vocab}, got {len(counts.of_token)}."
+        )
+    about = {
+        "model": transformer.name,
+        "fingerprint": transformer.fingerprint(),
+        "prompts": corpus.about,
+        "counts": None if counts is None else {"name": counts.name, "digest": counts.digest},
+        "options": options,
+        "part_size": part_size,
+        "threads": threads,
+        "curves": curves,
+        "circuits": kept,
+    }
+    work = Work(
+        model, transformer.fingerprint(), loading, options, sweep_of(about), counts, curves, kept, threads
+    )  # fmt: skip
+    worker = Worker(work, transformer)
+    _ = worker.estimation  # options that are wrong for every prompt are refused before anything is written
+    folder = Folder.of(out, about, resume)
+
+    n_prompts = sum(len(part.contexts) for part in _parts(corpus.contexts(transformer), part_size, limit, mine))
+    if not n_prompts and mine == (0, 1):
+        raise ValueError(
+            "`prompts` must hold at least one prompt, got none: all text is too short to be cut, or empty."
+        )
+    if workers is None:
+        workers = 1 if not named or n_prompts <= _FEW else _usual_workers(transformer)
+    n_made = n_errors = 0
+    begun = time.monotonic()
+    with _bar(n_prompts, progress) as bar:
+
+        def missing() -> Iterator[Part]:
+            for part in _parts(corpus.contexts(transformer), part_size, limit, mine):
+                if folder.has(part):
+                    bar.update(len(part.contexts))
+                    bar.unpause()
+                else:
+                    yield part
+
+        for done in _run(engine, worker, missing(), workers, gpus):
+            folder.add(done.files)
+            n_made, n_errors = n_made + done.n_prompts, n_errors + done.n_errors
+            bar.update(done.n_prompts)
+    return Sweep(folder.path, n_prompts, n_made, n_errors, time.monotonic() - begun)
+
+
+def _run(engine: str, worker: Worker, parts: Iterable[Part], workers: int, gpus: float | int) -> Iterator[Done]:
+    if engine == "ray":
+        return on_ray(worker.work, parts, workers, gpus)
+    return here(worker, parts) if workers == 1 else in_processes(worker.work, parts, workers)
+
+
+def _parts(contexts: Iterator[Context], size: int, limit: int | None, shard: tuple[int, int]) -> Iterator[Part]:
+    """The parts of a shard, of which the last may have fewer prompts."""
+    contexts = islice(contexts, limit)
+    number = 0
+    while some := tuple(islice(contexts, size)):
+        if number % shard[1] == shard[0]:
+            yield Part(number, number * size, some)
+        number += 1
+
+
+def _shard(given: str | tuple[int, int] | None) -> tuple[int, int]:
+    if given is None:
+        return 0, 1
+    if given == "auto":
+        said = (
+            f"{os.environ[rank]}/{os.environ[of]}" for rank, of in _SHARDS if rank in os.environ and of in os.environ
+        )
+        if (given := next(said, None)) is None:
+            raise ValueError(
+                '`shard` must be written out where neither Slurm nor torchrun say it, "0/8" for the first of eight.'
+            )
+    try:
+        number, of = map(int, given.split("/") if isinstance(given, str) else given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'`shard` must be like "0/8", the first of eight, got {given!r}.') from error
+    if not 0 <= number < of:
+        raise ValueError(f"`shard` must be from 0/{of} to {of - 1}/{of}, got {given!r}.")
+    return number, of
+
+
+def _numbers(given: int | Sequence[int] | None) -> tuple[int, ...]:
+    if given is None:
+        return ()
+    return tuple(given) if isinstance(given, Sequence) else (given,)
+
+
+def _usual_workers(model: Transformer) -> int:
+    """As many as there are cores, if as many copies of the model fit into half of the memory."""
+    import joblib
+    import psutil
+
+    if model.device.type != "cpu":
+        return 1
+    n_bytes = sum(weight.numel() * weight.element_size() for weight in model.model.parameters())
+    fitting = psutil.virtual_memory().total // 2 // (n_bytes + _PROCESS)
+    return max(1, min(joblib.cpu_count(), fitting))
+
+
+def _bar(n_prompts: int, shown: bool | None) -> Any:
+    """A bar with rate and time left: in a terminal or notebook, unless something else is said."""
+    with no_warnings():
+        from tqdm.auto import tqdm
+    return tqdm(total=n_prompts, unit="prompt", disable=None if shown is None else not shown)

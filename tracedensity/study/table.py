@@ -1,0 +1,318 @@
+"""Tables: what a sweep writes of each prompt, threshold and size, column by column."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tracedensity.composition import Composition, counts_in
+from tracedensity.curve import DensityCurve
+from tracedensity.evaluation import RELATIVE_SIZES, paper_sizes
+from tracedensity.faithfulness import entropy, kl_divergence
+from tracedensity.graph.token import TokenGraph
+from tracedensity.groups import by_component, by_part
+from tracedensity.model import Transformer
+from tracedensity.study.contexts import Context
+from tracedensity.study.counts import Counts
+from tracedensity.tight import TightCurve
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SCHEMA = 1
+"""Version of the columns; it grows when one is removed or means something else."""
+
+TableName: TypeAlias = Literal["prompts", "thresholds", "points"]
+
+Row: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Attributes:
+        name: Its name.
+        type: What it holds, as pyarrow calls it.
+        about: What that is.
+    """
+
+    name: str
+    type: str
+    about: str
+
+
+def _columns(text: str) -> tuple[Column, ...]:
+    rows = (line.split(None, 2) for line in text.splitlines() if line)
+    return tuple(Column(name, kind, about) for name, kind, about in rows)
+
+
+_KEYS = """
+index           int64          number of the prompt in the sweep
+id              string         its name
+document        string         what it was taken from
+"""
+
+TABLES: Mapping[str, tuple[Column, ...]] = {
+    "prompts": _columns(
+        _KEYS
+        + """
+source          string         the file
+domain          string         what kind of text, if that was said
+group           string         prompts of one group have the same target and reach back differently far
+text            string         the prompt
+text_hash       string         16 digits of the SHA-256 of the text: the same prompt in other sweeps
+error           string         why there are no numbers; null if there are
+tokens          list<int32>    token ids, one that begins the sequence included
+n_tokens        int32          how many
+target          int32          token that comes next in the corpus
+target_text     string         its text
+top_token       int32          token that the model finds most probable
+top_text        string         its text
+top_probability double         its probability
+margin          double         the same minus the probability of the second
+entropy         double         of the model's prediction, nats
+surprisal       double         -log p(target), nats
+rarity_target   double         -log10 of the frequency of the target in the named corpus
+rarity_top      double         the same of the top token
+rarity_expected double         its mean under the model's prediction
+kl_unigram      double         KL(prediction || frequencies), nats
+n_edges         int64          edges of the whole graph
+auc             double         density: area under 1 - faithfulness over log10 of the share of edges
+auc_of_edges    double         the same over sizes of at least one edge
+auc_random      double         the same of random circuits, on the sizes that were run
+auc_inverse     double         the same of everything but the circuit
+auc_coarse      double         the same of the curve itself on those sizes
+sizes           list<int64>    numbers of edges of all circuits that were run
+faithfulness    list<double>   share of the prediction that each keeps
+entered         list<int64>    smallest circuit that each component has an edge in
+passes          int64          forward passes that searches took; 0 without a search
+model           string         name of the model
+fingerprint     string         hash of its weights
+graph           string         what an edge is
+method          string         how edges were scored
+family          string         how scores became an order
+metric          string         what faithfulness means
+ablation        string         what replaced absent edges
+seed            int64          for whatever was drawn
+versions        string         of tracedensity, TransformerLens and torch
+"""
+    ),
+    "thresholds": _columns(
+        _KEYS
+        + """
+threshold       double         faithfulness to reach
+size            int64          edges of the smallest circuit that reaches it
+stable_size     int64          of the smallest from which on all larger ones reach it
+fraction        double         size as a share of all edges
+stable_fraction double         the other as a share
+per_token       double         size over the tokens of the prompt
+n_components    int64          heads, MLPs and skip connections with an edge in the circuit, positions united
+component_share double         the same as a share of all of them
+faithfulness    double         what the circuit reaches
+by_part         list<int64>    its edges of heads, of MLPs and of skip connections
+by_quarter      list<int64>    its edges in each quarter of the layers, lowest first
+"""
+    ),
+    "points": _columns(
+        _KEYS
+        + """
+share           double         size of the density papers, as a share of all edges
+size            int64          edges of the circuit
+faithfulness    double         share of the prediction that it keeps
+random          double         the same of a random circuit of this size
+inverse         double         the same of everything but the circuit
+top1            double         1 if its most probable token is the model's
+nucleus         double         largest mass whose nucleus is the model's, see `nucleus_recovery`
+entropy         double         of its prediction, nats
+unigram_tv      double         total variation distance of its prediction to the frequencies
+by_part         list<int64>    as for thresholds
+by_quarter      list<int64>    as for thresholds
+"""
+    ),
+}
+"""Columns of the tables; null is what is not known. A part of the component graph is that of the writer: the embedding,
+heads, MLPs."""
+
+ALSO = ("top1", "nucleus", "entropy")
+"""Metrics that are measured on every circuit beside faithfulness."""
+
+
+def schema(name: str) -> "pa.Schema":
+    """The columns of a table as Parquet has them."""
+    import pyarrow as pa
+
+    types = {
+        "int64": pa.int64(), "int32": pa.int32(), "double": pa.float64(), "string": pa.string(),
+        "list<int32>": pa.list_(pa.int32()), "list<int64>": pa.list_(pa.int64()),
+        "list<double>": pa.list_(pa.float64()),
+    }  # fmt: skip
+    return pa.schema([pa.field(column.name, types[column.type]) for column in TABLES[name]])
+
+
+def text_hash(text: str) -> str:
+    """What the same text has in every sweep, whatever the tokenizer."""
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
+
+
+def keys_of(number: int, context: Context) -> Row:
+    """Columns by which rows of tables belong together."""
+    return {"index": number, "id": context.id, "document": context.document}
+
+
+def context_row(context: Context, tokens: Int[Tensor, " pos"] | None, target: int | None, model: Transformer) -> Row:
+    """What is known of a prompt before it is run."""
+    ids = None if tokens is None else tokens.tolist()
+    own = ids if ids is not None else []
+    inner = own[len(model.beginning) :] if tuple(own[: len(model.beginning)]) == model.beginning else own
+    text = context.prompt if isinstance(context.prompt, str) else model.text(inner)
+    return {
+        "source": context.source,
+        "domain": context.domain or None,
+        "group": context.group or None,
+        "text": text,
+        "text_hash": text_hash(text),
+        "error": context.error or None,
+        "tokens": ids,
+        "n_tokens": None if ids is None else len(ids),
+        "target": target,
+        "target_text": None if target is None else model.texts([target])[0],
+    }
+
+
+def prediction_row(
+    logits: Float[Tensor, " d_vocab"], target: int | None, counts: Counts | None, model: Transformer
+) -> Row:
+    """What is known of the model's own prediction."""
+    probability = logits.double().softmax(-1)
+    best = probability.topk(min(2, len(probability)))
+    top, second = int(best.indices[0]), float(best.values[-1]) if len(best.values) > 1 else 0.0
+    row: Row = {
+        "top_token": top,
+        "top_text": model.texts([top])[0],
+        "top_probability": float(best.values[0]),
+        "margin": float(best.values[0]) - second,
+        "entropy": float(entropy(logits.double())),
+        "surprisal": None if target is None else float(-logits.double().log_softmax(-1)[target]),
+    }
+    if counts is None:
+        return row
+    rarity = torch.from_numpy(-counts.log10).to(probability)
+    return {
+        **row,
+        "rarity_target": None if target is None else float(rarity[target]),
+        "rarity_top": float(rarity[top]),
+        "rarity_expected": float((probability * rarity).sum()),
+        "kl_unigram": float(kl_divergence(logits.double(), counts.logits.to(logits.device).double())),
+    }
+
+
+def curve_rows(curve: DensityCurve) -> dict[TableName, list[Row]]:
+    """What is known of a prompt's circuits: one row of its own, one per threshold, one per size of the papers."""
+    prompt: Row = {
+        "n_edges": curve.n_edges,
+        "auc": curve.auc,
+        "auc_of_edges": curve.auc_of_edges,
+        "sizes": curve.sizes.tolist(),
+        "faithfulness": curve.faithfulness.double().tolist(),
+        "entered": first_entries(curve).tolist(),
+        "passes": curve.passes if isinstance(curve, TightCurve) else 0,
+        "graph": "token" if isinstance(curve.ranking.graph, TokenGraph) else "component",
+        "method": curve.provenance.method,
+        "family": curve.ranking.family,
+        "metric": curve.metric,
+        "ablation": curve.conditions.ablation,
+        "seed": curve.provenance.seed,
+    }
+    if curve.random is not None and curve.inverse is not None:
+        sizes = curve.random.sizes
+        prompt |= {
+            "auc_random": area(sizes, curve.random.faithfulness),
+            "auc_inverse": area(sizes, curve.inverse.faithfulness),
+            "auc_coarse": area(sizes, curve.faithfulness[_point(curve, sizes)]),
+        }
+    return {"prompts": [prompt], "thresholds": _threshold_rows(curve), "points": _point_rows(curve)}
+
+
+def first_entries(curve: DensityCurve) -> Int[Tensor, " component"]:
+    """The smallest circuit in which each component has an edge, in the order of `by_component`."""
+    groups = by_component(curve.ranking.graph)
+    if not isinstance(curve, TightCurve):
+        return groups.least(curve.ranking.rank)[0].long() + 1
+    entered = torch.full((len(groups.columns),), curve.n_edges)
+    for size in curve.sizes.tolist():
+        present = groups.total(curve.circuit(size=size).kept)[0] > 0
+        entered = entered.minimum(torch.where(present, size, curve.n_edges))
+    return entered
+
+
+def area(sizes: Int[Tensor, " point"], faithfulness: Float[Tensor, " point"]) -> float:
+    """Area under 1 - faithfulness over log10 of size, over sizes of at least one edge."""
+    some = sizes > 0
+    return float(torch.trapezoid(1 - faithfulness[some].double(), sizes[some].double().log10()))
+
+
+def _threshold_rows(curve: DensityCurve) -> list[Row]:
+    known = curve.table().to_dict(orient="records")
+    made_of = _made_of(curve, [row["size"] for row in known])
+    groups = by_component(curve.ranking.graph)
+    rows = []
+    for number, row in enumerate(known):
+        n_components = int((groups.total(curve.circuit(size=row["size"]).kept)[0] > 0).sum())
+        rows.append({
+            **{name: row[name] for name in ("threshold", "size", "stable_size", "fraction", "stable_fraction")},
+            "per_token": row["size"] / len(curve.provenance.token_ids),
+            "n_components": n_components,
+            "component_share": n_components / len(groups.columns),
+            "faithfulness": row["faithfulness"],
+            "by_part": made_of.counts.sum(1)[number].tolist(),
+            "by_quarter": made_of.by_quarter[number].tolist(),
+        })  # fmt: skip
+    return rows
+
+
+def _point_rows(curve: DensityCurve) -> list[Row]:
+    sizes = paper_sizes(curve.n_edges)
+    made_of = _made_of(curve, sizes.tolist())
+    points = _point(curve, sizes).tolist()
+    also = curve.published.also if isinstance(curve, TightCurve) else curve.also
+    where = _point(curve.published if isinstance(curve, TightCurve) else curve, sizes).tolist()
+    beside: dict[str, dict[int, float]] = {}
+    for name, known in (("random", curve.random), ("inverse", curve.inverse)):
+        if known is not None:
+            beside[name] = dict(zip(known.sizes.tolist(), known.faithfulness.tolist(), strict=True))
+    return [
+        {
+            "share": share,
+            "size": size,
+            "faithfulness": float(curve.faithfulness[points[number]]),
+            **{name: values.get(size) for name, values in beside.items()},
+            **{name: float(values[where[number]]) for name, values in also.items()},
+            "by_part": made_of.counts.sum(1)[number].tolist(),
+            "by_quarter": made_of.by_quarter[number].tolist(),
+        }
+        for number, (share, size) in enumerate(zip(RELATIVE_SIZES, sizes.tolist(), strict=True))
+    ]
+
+
+def _point(curve: DensityCurve, sizes: Int[Tensor, " some"]) -> Int[Tensor, " some"]:
+    """The point of the curve at each size, or the next smaller one on a tight curve."""
+    return (torch.searchsorted(curve.sizes, sizes, right=True) - 1).clamp(min=0)
+
+
+def _made_of(curve: DensityCurve, sizes: Sequence[int]) -> Composition:
+    """What the circuits of sizes are made of, one entry for each, also where sizes repeat."""
+    groups = by_part(curve.ranking.graph)
+    if isinstance(curve, TightCurve):
+        least = int(curve.sizes[0])
+        kept = [groups.total(curve.circuit(size=max(size, least)).kept) for size in sizes]
+        counts = torch.stack(kept).nan_to_num().long()
+    else:
+        different = torch.tensor(sorted({*sizes, curve.n_edges}))
+        found = dict(zip(different.tolist(), counts_in(curve.ranking.rank, different, groups), strict=True))
+        counts = torch.stack([found[size] for size in sizes])
+    return Composition(torch.tensor(sizes), counts, groups.columns, curve.ranking.family, curve.provenance)

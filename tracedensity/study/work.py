@@ -1,0 +1,308 @@
+"""Work: what a sweep does with some of its prompts, from contexts to the files that hold their rows."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from inspect import signature
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tracedensity.curve import DensityCurve
+from tracedensity.estimation import Estimation, density
+from tracedensity.files import circuit_file, curve_file, versions
+from tracedensity.loading import load_model
+from tracedensity.model import Transformer, as_transformer
+from tracedensity.pooling import FAILURES, Asking
+from tracedensity.setting import rows_at_once
+from tracedensity.study.contexts import Context
+from tracedensity.study.counts import Counts
+from tracedensity.study.table import (
+    ALSO,
+    SCHEMA,
+    TABLES,
+    Row,
+    TableName,
+    context_row,
+    curve_rows,
+    keys_of,
+    prediction_row,
+    schema,
+)
+
+T = TypeVar("T")
+
+Files: TypeAlias = dict[str, bytes]
+"""Files by their paths in the folder of a sweep, in the order in which they are to be written."""
+
+
+@dataclass(frozen=True, eq=False)
+class Done:
+    """What comes of a part.
+
+    Attributes:
+        files: Its files.
+        n_prompts: How many prompts it has.
+        n_errors: How many of them have an error in place of numbers.
+    """
+
+    files: Files
+    n_prompts: int
+    n_errors: int
+
+
+FIXED = ("sizes", "also", "per_example", "batch_size")
+"""Options of `td.density` that a sweep has none of, or sets itself."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of the prompts of a sweep, whose rows are in files of their own.
+
+    Attributes:
+        number: Which part.
+        first: Number of its first prompt.
+        contexts: The prompts.
+    """
+
+    number: int
+    first: int
+    contexts: tuple[Context, ...]
+
+    def path(self, table: str) -> str:
+        """Where its rows of a table are, in the folder of the sweep."""
+        return f"{table}/part-{self.number:05d}.parquet"
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What is done with every part: the same, wherever it is done.
+
+    Attributes:
+        model: Name or folder of the model, or the model itself.
+        fingerprint: Hash of its weights.
+        loading: How it is loaded, as `load_model` takes it.
+        options: Options of `td.density`, all of them.
+        sweep: What the files say of the sweep that they belong to.
+        counts: Counts of tokens, for how rare they are.
+        curves: Whether to keep the curve of each prompt, its ranking in it.
+        circuits: Faithfulnesses whose circuits are kept.
+        threads: Threads of PyTorch, on which the last digits depend.
+    """
+
+    model: Any
+    fingerprint: str
+    loading: Mapping[str, Any]
+    options: Mapping[str, Any]
+    sweep: str
+    counts: Counts | None = None
+    curves: bool = False
+    circuits: tuple[float, ...] = ()
+    threads: int = 1
+
+
+def density_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `td.density`, those that were not given by their defaults.
+
+    Raises:
+        ValueError: If there is no such option, or a sweep cannot have it.
+    """
+    known = {
+        name: each.default for name, each in signature(density).parameters.items() if each.kind == each.KEYWORD_ONLY
+    }
+    usual = {name: default for name, default in known.items() if name not in (*FIXED, "attention_mask")}
+    for name, value in given.items():
+        if name not in usual:
+            raise TypeError(f"`sweep` has no option {name!r}; those of `density` that it takes are {', '.join(usual)}.")
+        if callable(value):
+            raise ValueError(f"`{name}` must be a name in a sweep, which writes down how it was made, got a function.")
+    return {**usual, **given}
+
+
+@dataclass(eq=False)
+class Worker:
+    """Does the work, part after part, with one model.
+
+    Attributes:
+        work: What to do.
+        loaded: The model, if it is loaded already.
+    """
+
+    work: Work
+    loaded: Transformer | None = None
+
+    @cached_property
+    def model(self) -> Transformer:
+        """The model, loaded when it is first needed.
+
+        Raises:
+            ValueError: If it is another one than the sweep was begun with.
+        """
+        if self.loaded is not None:
+            return self.loaded
+        model = as_transformer(load_model(self.work.model, **self.work.loading))
+        if (found := model.fingerprint()) != self.work.fingerprint:
+            raise ValueError(
+                f"`model` must be the same for all workers, got {found} for {self.work.model!r} and "
+                f"{self.work.fingerprint} elsewhere."
+            )
+        return model
+
+    @cached_property
+    def estimation(self) -> Estimation:
+        """How curves are made.
+
+        Raises:
+            ValueError: If an option is not as `td.density` describes it.
+        """
+        counts = self.work.counts
+        also = (*ALSO, *([] if counts is None else [counts.distance()]))
+        rest: dict[str, Any] = {"sizes": (), "per_example": False, "batch_size": None}
+        return Estimation(self.model, **self.work.options, **rest, also=also)
+
+    def __call__(self, part: Part) -> Done:
+        """Run a part."""
+        threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(self.work.threads)
+            with torch.inference_mode(False), self.model.unchanged():
+                return self._done(part)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _done(self, part: Part) -> Done:
+        files: Files = {}
+        rows: dict[TableName, list[Row]] = {"thresholds": [], "points": [], "prompts": []}
+        read = [self._read(context) for context in part.contexts]
+        logits = self._predictions(read)
+        curves = self._curves(read, logits)
+        for place, (context, known) in enumerate(zip(part.contexts, read, strict=True)):
+            number, curve = part.first + place, curves[place]
+            keys = {**keys_of(number, context)}
+            own: Row = {
+                **context_row(context, known.tokens, known.target, self.model),
+                "model": self.model.name,
+                "fingerprint": self.model.fingerprint(),
+                "versions": " ".join(f"{name} {each}" for name, each in versions().items()),
+            }
+            if (each := logits[place]) is not None:
+                own |= prediction_row(each, known.target, self.work.counts, self.model)
+            if isinstance(curve, DensityCurve):
+                found = curve_rows(curve)
+                own |= found["prompts"][0]
+                for table in ("thresholds", "points"):
+                    rows[table] += [{**keys, **row} for row in found[table]]
+                files |= self._kept(number, curve)
+            else:
+                own["error"] = curve
+            rows["prompts"].append({**keys, **own})
+        # the file of prompts comes last: where it is, the others are
+        files |= {part.path(table): self._parquet(table, rows[table], part) for table in rows}
+        return Done(files, len(part.contexts), sum(row["error"] is not None for row in rows["prompts"]))
+
+    def _read(self, context: Context) -> "_Read":
+        if context.error:
+            return _Read(None, None, context.error)
+        try:
+            tokens = self.model.tokens(context.prompt, self.work.options["position"])
+            return _Read(tokens, self._target(context, tokens), "")
+        except ValueError as error:
+            return _Read(None, None, str(error))
+
+    def _target(self, context: Context, tokens: Int[Tensor, " pos"]) -> int | None:
+        """The token that comes next: the first that the tokenizer makes of the target behind the prompt.
+
+        Raises:
+            ValueError: If the target is no token.
+        """
+        target = context.target
+        if target is None or self.work.options["position"] != -1:
+            return None
+        if not isinstance(target, str):
+            return self.model.single_token(target, "target")
+        if isinstance(context.prompt, str):
+            whole = self.model.pieces(context.prompt + target)
+            before = self.model.pieces(context.prompt)
+            if whole[: len(before)] == before and len(whole) > len(before):
+                return whole[len(before)]
+        return next(iter(self.model.pieces(target)), None)
+
+    def _predictions(self, read: Sequence["_Read"]) -> list[Float[Tensor, " d_vocab"] | None]:
+        """What the model predicts after each prompt, prompts of similar length together."""
+        found: list[Float[Tensor, " d_vocab"] | None] = [None] * len(read)
+        for some in self._batches(read):
+            prompts = [tokens for number in some if (tokens := read[number].tokens) is not None]
+            last = torch.tensor([len(tokens) - 1 for tokens in prompts], device=self.model.device)
+            padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+            try:
+                for number, logits in zip(some, self.model.observe(padded, {}, last), strict=True):
+                    found[number] = logits
+            except FAILURES:  # of one of them, whose curve will say so; that of the others asks for itself
+                continue
+        return found
+
+    def _batches(self, read: Sequence["_Read"]) -> Iterator[list[int]]:
+        lengths = {number: len(each.tokens) for number, each in enumerate(read) if each.tokens is not None}
+        order = sorted(lengths, key=lengths.__getitem__)
+        while order:
+            n_rows = rows_at_once(self.model, lengths[order[min(len(order) - 1, 63)]])
+            yield order[:n_rows]
+            order = order[n_rows:]
+
+    def _curves(
+        self, read: Sequence["_Read"], logits: Sequence[Float[Tensor, " d_vocab"] | None]
+    ) -> list[DensityCurve | str]:
+        """The curve of each prompt, or why there is none."""
+        found: list[DensityCurve | str] = [each.error for each in read]
+        numbers = [number for some in self._batches(read) for number in some]
+        asking = (_safely(self.estimation.curve(read[number].tokens, logits[number])) for number in numbers)
+        for number, curve in zip(numbers, self.estimation.together(asking), strict=True):
+            found[number] = curve
+        return found
+
+    def _kept(self, number: int, curve: DensityCurve) -> Files:
+        """Files of one prompt."""
+        files: Files = {}
+        if self.work.curves:
+            files[f"curves/{number:07d}.safetensors"] = curve_file(curve)
+        for each in self.work.circuits:
+            files[f"circuits/{number:07d}-{each:g}.safetensors"] = circuit_file(curve.circuit(faithfulness=each))
+        return files
+
+    def _parquet(self, table: str, rows: list[Row], part: Part) -> bytes:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        about = {"table": table, "schema": SCHEMA, "sweep": self.work.sweep, "part": part.number, "first": part.first}
+        columns = [column.name for column in TABLES[table]]
+        full = [{name: row.get(name) for name in columns} for row in rows]
+        made = pa.Table.from_pylist(full, schema(table).with_metadata({"tracedensity": json.dumps(about)}))
+        written = pa.BufferOutputStream()
+        pq.write_table(made, written, write_page_checksum=True)
+        return written.getvalue().to_pybytes()
+
+
+@dataclass(frozen=True, eq=False)
+class _Read:
+    """A prompt as the model reads it.
+
+    Attributes:
+        tokens: Its token ids, up to the position that is explained; None if it cannot be read.
+        target: The token that comes next, if that is known.
+        error: Why it cannot be read.
+    """
+
+    tokens: Int[Tensor, " pos"] | None
+    target: int | None
+    error: str
+
+
+def _safely(asking: Asking[T]) -> Asking[T | str]:
+    """The same, whose failure is what comes of it."""
+    try:
+        return (yield from asking)
+    except FAILURES as error:
+        return str(error)
