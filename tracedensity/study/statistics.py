@@ -45,11 +45,13 @@ class Pair:
         x: Name of one.
         y: Name of the other.
         controls: Names of what is held fixed.
+        free: Whether rows are exchanged over all strata: for what strata are made of.
     """
 
     x: str
     y: str
     controls: tuple[str, ...] = ()
+    free: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -88,11 +90,11 @@ class Sample:
             ``(1 + #{|rho'| >= |rho|}) / (1 + n_permutations)``.
         """
         found: dict[int, Estimate] = {}
-        alike: dict[bytes, list[int]] = {}  # pairs that are known in the same rows share all that is drawn
+        alike: dict[tuple[bytes, bool], list[int]] = {}  # pairs known in the same rows share all that is drawn
         for number, pair in enumerate(pairs):
             known = np.isfinite(np.stack([columns[name] for name in pair.names])).all(0)
-            alike.setdefault(known.tobytes(), []).append(number)
-        for mask, numbers in alike.items():
+            alike.setdefault((known.tobytes(), pair.free), []).append(number)
+        for (mask, _), numbers in alike.items():
             known = np.frombuffer(mask, dtype=bool)
             some = [pairs[number] for number in numbers]
             found |= dict(zip(numbers, self._estimated(columns, some, known), strict=True))
@@ -112,10 +114,11 @@ class Sample:
         matrix = rank_correlations(values)
         rho = np.array([partial(matrix, *each) for each in wanted])
         again = np.empty((0, *matrix.shape))
-        if self.n_bootstrap:
+        if self.n_bootstrap and len(np.unique(self.document[known])) > 1:  # one document says nothing of others
             draws = resampled(self.document[known], self.n_bootstrap, self.seed)
             again = np.stack([rank_correlations(values[rows]) for rows in draws])
-        p = self._p(ranks(values), wanted, rho, self.stratum[known])
+        stratum = np.zeros(n, dtype=np.int64) if pairs[0].free else self.stratum[known]
+        p = self._p(ranks(values), wanted, rho, stratum)
         return [
             Estimate(float(rho[number]), *_interval(partial(again, *each)), float(p[number]), n)
             for number, each in enumerate(wanted)

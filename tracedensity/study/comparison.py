@@ -1,0 +1,188 @@
+"""Comparisons: whether the same inputs are dense for different models."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from pandas import DataFrame
+
+from tracedensity.evaluation import RELATIVE_SIZES, paper_sizes
+from tracedensity.study.covariates import outcome_of, require_prompts
+from tracedensity.study.lengths import interval
+from tracedensity.study.statistics import Pair, Sample, codes, holm, rank_correlations, resampled, strata_of
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from tracedensity.plot import Theme
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Correlations of the density of the same inputs between models.
+
+    Attributes:
+        table: One row per pair of models: `rho`, Spearman's correlation, with its interval `low` to `high`, `p`, and
+            `p_holm` corrected for all pairs; `length_rho` and its interval given both models' lengths of the prompt;
+            `partial_rho`, its interval and `partial_p` given lengths, entropies and rarities as well;
+            `ceiling_low` and `ceiling_high`, the correlations that the measures' own unreliability would leave of a
+            perfect one; `true_low` and `true_high`, `rho` over these; `n` inputs.
+        reliability: One row per model: `halves`, the correlation of two areas from disjoint sizes of one ranking (too
+            high for reliability), and `method`, that with another way of scoring edges (too low), if that was given.
+        matrix: Spearman's correlations of all models.
+        mean: Mean over pairs.
+        low: Lower end of its interval.
+        high: Its upper end.
+        outcome: What was compared.
+    """
+
+    table: DataFrame
+    reliability: DataFrame
+    matrix: DataFrame
+    mean: float
+    low: float
+    high: float
+    outcome: str
+
+    def plot(self, *, theme: "Theme | str" = "light") -> "go.Figure":
+        """The matrix, and what is left of it given other things, see `plot_comparison_of_models`."""
+        from tracedensity.plot.study import plot_models
+
+        return plot_models(self, theme=theme)
+
+    def __str__(self) -> str:
+        table: Any = self.table
+        reliability: Any = self.reliability
+        return (
+            f"mean correlation of {self.outcome} {self.mean:.3f} ({self.low:.3f} to {self.high:.3f})\n"
+            f"{table.to_string(index=False, float_format='{:.3g}'.format)}\n"
+            f"{reliability.to_string(index=False, float_format='{:.3g}'.format)}"
+        )
+
+
+def compare(
+    tables: Mapping[str, DataFrame],
+    *,
+    outcome: str = "auc",
+    threshold: float | int = 0.9,
+    others: Mapping[str, DataFrame] | None = None,
+    n_bootstrap: int = 2000,
+    n_permutations: int = 10_000,
+    seed: int = 0,
+) -> Comparison:
+    """Whether the inputs that one model needs much for are those that others do.
+
+    Inputs are matched by their text, so that models may read it as different tokens. If nothing is left given each
+    model's own entropy and rarity, "the same inputs are dense" says no more than "the same inputs are uncertain".
+    Models of one family, or trained on one corpus, are no independent samples.
+
+    Args:
+        tables: Prompts of a sweep of each model, from `td.read_sweep`, by what to call it.
+        outcome: What to compare, of `tracedensity.study.covariates.OUTCOMES`.
+        threshold: Faithfulness at which sizes are taken.
+        others: Sweeps of the same models over the same prompts in which edges were scored in another way, for how
+            reliable the measure is.
+        n_bootstrap: How often documents are resampled, for all models at once.
+        n_permutations: How often the inputs of one model are exchanged within strata of similar length.
+        seed: For both.
+
+    Raises:
+        ValueError: If there are fewer than two models, or they have fewer than three inputs in common.
+    """
+    if not isinstance(tables, Mapping) or len(tables) < 2:
+        raise ValueError("`tables` must be the prompts of two or more sweeps, by what to call them.")
+    names = [*tables]
+    known = {name: _unique(table) for name, table in tables.items()}
+    if unknown := [name for name in others or {} if name not in known]:
+        raise ValueError(f"`others` must be of models in `tables`, {names}, got {unknown}.")
+    common = sorted(set.intersection(*(set(table.index) for table in known.values())))
+    if len(common) < 3:
+        raise ValueError(f"`tables` must have inputs in common, the same texts, got {len(common)} for {names}.")
+    same: dict[str, Any] = {name: table.loc[common] for name, table in known.items()}
+    y = {name: outcome_of(table, outcome, threshold) for name, table in same.items()}
+    first = same[names[0]]
+    document = codes(first["document"].astype(str).to_numpy())
+    sample = Sample(document, strata_of(first["n_tokens"].to_numpy(float)), n_bootstrap, n_permutations, seed)
+    columns: dict[str, np.ndarray] = dict(y)
+    for name, table in same.items():
+        for covariate in ("n_tokens", "entropy", "rarity_target", "rarity_top"):
+            columns[f"{covariate} of {name}"] = table[covariate].to_numpy(float, na_value=np.nan)
+    columns = {name: values for name, values in columns.items() if np.isfinite(values).all()}
+    pairs = []
+    for a, b in combinations(names, 2):
+        length = tuple(f"n_tokens of {each}" for each in (a, b))
+        causes = [f"{cause} of {each}" for cause in ("entropy", "rarity_target", "rarity_top") for each in (a, b)]
+        given = (*length, *(cause for cause in causes if cause in columns))
+        pairs += [Pair(a, b), Pair(a, b, length), Pair(a, b, given)]
+    found = sample.correlations(columns, pairs)
+    reliability = _reliability(same, y, dict(others or {}), outcome, threshold)
+    rows = []
+    for number, (a, b) in enumerate(combinations(names, 2)):
+        plain, length, partial = found[3 * number : 3 * number + 3]
+        ceilings = [np.sqrt(reliability[a][kind] * reliability[b][kind]) for kind in ("method", "halves")]
+        ceilings = sorted(each for each in ceilings if np.isfinite(each)) or [np.nan]
+        rows.append({
+            "a": a, "b": b, "rho": plain.rho, "low": plain.low, "high": plain.high, "p": plain.p,
+            "length_rho": length.rho, "length_low": length.low, "length_high": length.high,
+            "partial_rho": partial.rho, "partial_low": partial.low, "partial_high": partial.high,
+            "partial_p": partial.p, "ceiling_low": ceilings[0], "ceiling_high": ceilings[-1],
+            "true_low": plain.rho / ceilings[-1], "true_high": plain.rho / ceilings[0], "n": plain.n,
+        })  # fmt: skip
+    made: Any = DataFrame(rows)
+    made.insert(6, "p_holm", holm(made["p"].to_numpy(float)))
+    together = np.stack([y[name] for name in names], axis=1)
+    matrix = rank_correlations(together)
+    apart = np.triu_indices(len(names), 1)
+    several = len(np.unique(document)) > 1
+    draws = resampled(document, n_bootstrap, seed) if several else ()
+    low, high = interval([float(rank_correlations(together[rows])[apart].mean()) for rows in draws])
+    return Comparison(
+        made,
+        DataFrame([{"model": name, **values} for name, values in reliability.items()]),
+        DataFrame(matrix, index=names, columns=names),
+        float(matrix[apart].mean()), low, high, outcome,
+    )  # fmt: skip
+
+
+def _unique(table: DataFrame) -> Any:
+    """Prompts by their text, those that were run, each once."""
+    require_prompts(table)
+    known: Any = table[table["error"].isna()]
+    return known.drop_duplicates("text_hash").set_index("text_hash")
+
+
+def _reliability(
+    tables: Mapping[str, Any],
+    y: Mapping[str, Float[np.ndarray, " row"]],
+    others: Mapping[str, DataFrame],
+    outcome: str,
+    threshold: float | int,
+) -> dict[str, dict[str, float]]:
+    found = {}
+    for name, table in tables.items():
+        halves = np.array([half_areas(*row) for row in zip(table["sizes"], table["faithfulness"], strict=True)])
+        found[name] = {"halves": float(rank_correlations(halves)[0, 1]), "method": np.nan}
+        if name in others:
+            other = _unique(others[name])
+            both = [each for each in table.index if each in other.index]
+            if len(both) > 2:
+                place = {each: number for number, each in enumerate(table.index)}
+                mine = y[name][[place[each] for each in both]]
+                theirs = outcome_of(other.loc[both], outcome, threshold)
+                found[name]["method"] = float(rank_correlations(np.stack([mine, theirs], axis=1))[0, 1])
+    return found
+
+
+def half_areas(sizes: Any, faithfulness: Any) -> tuple[float, float]:
+    """Areas under 1 - faithfulness over log10 of size, from every other of the density papers' sizes, and the rest."""
+    known = torch.as_tensor(np.asarray(sizes))
+    heights = torch.as_tensor(np.asarray(faithfulness))
+    n_edges = int(known[-1])
+    asked = paper_sizes(n_edges)
+    lost = 1 - heights[(torch.searchsorted(known, asked, right=True) - 1).clamp(min=0)].double()
+    share = torch.tensor(RELATIVE_SIZES, dtype=torch.float64).log10()
+    return tuple(float(torch.trapezoid(lost[half::2], share[half::2])) for half in (0, 1))  # type: ignore[return-value]

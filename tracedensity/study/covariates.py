@@ -1,0 +1,165 @@
+"""Covariates: what is known of a prompt and its prediction that its density may depend on."""
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from pandas import DataFrame
+
+from tracedensity.curve import crossings, require_thresholds
+from tracedensity.model import Transformer, as_transformer
+from tracedensity.setting import rows_at_once
+from tracedensity.study.counts import Counts
+from tracedensity.study.table import prediction_row
+
+NUMERIC: Mapping[str, str] = {
+    "entropy": "entropy of the prediction (nats)",
+    "margin": "probability of the best token minus that of the second",
+    "top_probability": "probability of the best token",
+    "surprisal": "surprisal of the target (nats)",
+    "rarity_target": "rarity of the target (-log10 of its frequency)",
+    "rarity_top": "rarity of the best token (-log10 of its frequency)",
+    "rarity_expected": "expected rarity of the prediction (-log10 of frequency)",
+    "kl_unigram": "KL of the prediction to the token frequencies (nats)",
+    "n_tokens": "length of the prompt (tokens)",
+    "repetition": "share of tokens that came before",
+    "seen_bigram": "whether the last two tokens came before",
+    "word_length": "mean length of words (characters)",
+    "type_token_ratio": "distinct words over words",
+    "gzip_ratio": "compressed size over size",
+}
+"""Covariates that are numbers, and what they are."""
+
+SIZES: Mapping[str, str] = {
+    "fraction": "edges of the circuit over all edges",
+    "size": "edges of the circuit",
+    "per_token": "edges of the circuit per token",
+    "component_share": "share of components with an edge in the circuit, positions united",
+}
+"""The four ways in which the size of a circuit is counted."""
+
+OUTCOMES: Mapping[str, str] = {"auc": "area under 1 - faithfulness over log10 of size", **SIZES}
+"""What may depend on covariates."""
+
+
+def with_covariates(table: DataFrame, *, counts: Counts | None = None, model: object = None) -> DataFrame:
+    """The prompts of a sweep with covariates beside them; those that failed are left out.
+
+    Args:
+        table: Prompts, from `td.read_sweep`.
+        counts: Counts of tokens of a corpus, for rarities if the sweep had none.
+        model: The model, or its name, for what of these depends on whole predictions, which the table does not hold; it
+            is run once on each prompt. Without it these stay unknown.
+
+    Raises:
+        ValueError: If it is no such table, or the counts are those of another tokenizer.
+    """
+    require_prompts(table)
+    found: Any = table[table["error"].isna()].reset_index(drop=True)  # pandas' own types are too wide to be of use
+    found.attrs = dict(table.attrs)
+    tokens = [np.asarray(each) for each in found["tokens"]]
+    words = [text.split() or [""] for text in found["text"]]
+    found["repetition"] = [1 - len(np.unique(each)) / len(each) for each in tokens]
+    found["seen_bigram"] = [float(_seen(each)) for each in tokens]
+    found["word_length"] = [float(np.mean([*map(len, each)])) for each in words]
+    found["type_token_ratio"] = [len(set(each)) / len(each) for each in words]
+    found["gzip_ratio"] = [_compressed(text) for text in found["text"]]
+    if counts is not None and found["rarity_top"].isna().all():
+        largest = max(int(found["top_token"].max()), int(found["target"].max() if found["target"].notna().any() else 0))
+        if largest >= len(counts.of_token):
+            raise ValueError(
+                f"`counts` must be of the tokens of this sweep, got {len(counts.of_token)} for token {largest}."
+            )
+        found["rarity_top"] = counts.rarity(found["top_token"].to_numpy(int))
+        known = found["target"].notna()
+        found.loc[known, "rarity_target"] = counts.rarity(found.loc[known, "target"].to_numpy(int))
+        if model is not None:
+            _add_predicted(found, counts, as_transformer(model))
+    return found
+
+
+def require_prompts(table: object) -> None:
+    """Raise a ValueError if it is no table of prompts."""
+    if not isinstance(table, DataFrame) or not {"sizes", "faithfulness", "error"} <= set(table.columns):
+        raise ValueError("`table` must be the prompts of a sweep, `td.read_sweep(folder)`.")
+    if not len(table) or table["error"].notna().all():
+        raise ValueError("`table` must have prompts with numbers, got none.")
+
+
+def outcome_of(table: Any, name: str, threshold: float | int = 0.9) -> Float[np.ndarray, " row"]:
+    """A density of each prompt: ``"auc"``, or the log10 of a size at a threshold, counted in one of four ways.
+
+    Args:
+        table: Prompts, from `td.read_sweep`.
+        name: One of `OUTCOMES`.
+        threshold: Faithfulness to reach. Sizes are known to 2% at the thresholds of the sweep; at others, and where
+            faithfulness falls again, the smallest circuit that was run and reaches it counts.
+
+    Raises:
+        ValueError: If there is no such outcome.
+    """
+    require_prompts(table)
+    if name == "auc":
+        return table["auc"].to_numpy(float)
+    if name not in SIZES:
+        raise ValueError(f"`outcome` must be one of {list(OUTCOMES)}, got {name!r}.")
+    require_thresholds((threshold,))
+    curves = zip(table["sizes"], table["faithfulness"], strict=True)
+    size = np.array([float(own[crossings(torch.tensor(heights), float(threshold))[0]]) for own, heights in curves])
+    with np.errstate(divide="ignore"):
+        return np.log10(_COUNTED[name](table, size))
+
+
+def _components(table: Any, size: Float[np.ndarray, " row"]) -> Float[np.ndarray, " row"]:
+    return np.array([np.mean(np.asarray(each) <= own) for each, own in zip(table["entered"], size, strict=True)])
+
+
+_COUNTED: Mapping[str, Callable[[Any, np.ndarray], np.ndarray]] = {
+    "fraction": lambda table, size: size / table["n_edges"].to_numpy(float),
+    "size": lambda table, size: size,
+    "per_token": lambda table, size: size / table["n_tokens"].to_numpy(float),
+    "component_share": _components,
+}
+
+
+def numbers(table: Any) -> dict[str, Float[np.ndarray, " row"]]:
+    """Covariates that are known of at least some prompts, and differ, as columns of numbers.
+
+    A domain is a column of its own, 1 where a prompt is of it, if there are several.
+    """
+    columns = {name: table[name].to_numpy(float, na_value=np.nan) for name in NUMERIC if name in table.columns}
+    if "domain" in table.columns and table["domain"].nunique(dropna=False) > 1:
+        labels = table["domain"].fillna("none").to_numpy(str)
+        columns |= {f"domain={label}": (labels == label).astype(float) for label in np.unique(labels)}
+    return {name: values for name, values in columns.items() if len(np.unique(values[np.isfinite(values)])) > 1}
+
+
+def _seen(tokens: np.ndarray) -> bool:
+    """Whether the last two tokens stand next to each other earlier."""
+    if len(tokens) < 3:
+        return False
+    return bool(((tokens[:-2] == tokens[-2]) & (tokens[1:-1] == tokens[-1])).any())
+
+
+def _compressed(text: str) -> float:
+    raw = text.encode("utf-8", "replace")
+    return len(zlib.compress(raw, 9)) / max(1, len(raw))
+
+
+def _add_predicted(table: Any, counts: Counts, model: Transformer) -> None:
+    """Fill in what depends on whole predictions."""
+    prompts = [torch.as_tensor(np.asarray(each), device=model.device).long() for each in table["tokens"]]
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    rows: dict[int, dict[str, float | None]] = {}
+    while order:
+        n_rows = rows_at_once(model, len(prompts[order[min(len(order), 64) - 1]]))
+        some, order = order[:n_rows], order[n_rows:]
+        last = torch.tensor([len(prompts[number]) - 1 for number in some], device=model.device)
+        padded = torch.nn.utils.rnn.pad_sequence([prompts[number] for number in some], batch_first=True)
+        for number, logits in zip(some, model.observe(padded, {}, last), strict=True):
+            rows[number] = prediction_row(logits, None, counts, model)
+    for name in ("rarity_expected", "kl_unigram"):
+        table[name] = [rows[number][name] for number in range(len(table))]
