@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tracedensity import plot, tasks
+    from tracedensity import plot, study, tasks
     from tracedensity.activations import Activations, capture
     from tracedensity.checks import completeness, minimality
     from tracedensity.curve import DensityCurve
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from tracedensity.reporting import Report, report
     from tracedensity.routing import Flow, trace_flow
     from tracedensity.score import Scores, attribute
+    from tracedensity.study.folder import read_sweep
+    from tracedensity.study.sweep import Sweep, sweep
     from tracedensity.task import Examples, Task
     from tracedensity.tight import TightCurve
     from tracedensity.trust import Check
@@ -48,6 +50,7 @@ _PUBLIC = {
     "Ranking": "extract",
     "Report": "reporting",
     "Scores": "score",
+    "Sweep": "study.sweep",
     "Task": "task",
     "TightCurve": "tight",
     "TokenGraph": "graph.token",
@@ -64,8 +67,10 @@ _PUBLIC = {
     "offload_activations": "model",
     "plan": "planning",
     "read_benchmark": "exchange",
+    "read_sweep": "study.folder",
     "refine": "refinement",
     "report": "reporting",
+    "sweep": "study.sweep",
     "top_tokens": "unembedding",
     "trace_flow": "routing",
     "write_benchmark": "exchange",
@@ -87,6 +92,7 @@ __all__ = [
     "Ranking",
     "Report",
     "Scores",
+    "Sweep",
     "Task",
     "TightCurve",
     "TokenGraph",
@@ -104,8 +110,11 @@ __all__ = [
     "plan",
     "plot",
     "read_benchmark",
+    "read_sweep",
     "refine",
     "report",
+    "study",
+    "sweep",
     "tasks",
     "top_tokens",
     "trace_flow",
@@ -115,7 +124,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("plot", "tasks"):
+    if name in ("plot", "study", "tasks"):
         return import_module(f"tracedensity.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'tracedensity' has no attribute {name!r}; it has {', '.join(__all__)}.")

@@ -12,7 +12,7 @@ from pandas import DataFrame
 
 from tracedensity.evaluation import RELATIVE_SIZES, paper_sizes
 from tracedensity.study.covariates import outcome_of, require_prompts
-from tracedensity.study.lengths import interval
+from tracedensity.study.nested import interval
 from tracedensity.study.statistics import Pair, Sample, codes, holm, rank_correlations, resampled, strata_of
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Comparison:
 
     def plot(self, *, theme: "Theme | str" = "light") -> "go.Figure":
         """The matrix, and what is left of it given other things, see `plot_comparison_of_models`."""
-        from tracedensity.plot.study import plot_models
+        from tracedensity.plot.models import plot_models
 
         return plot_models(self, theme=theme)
 

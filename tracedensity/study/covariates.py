@@ -81,7 +81,7 @@ def with_covariates(table: DataFrame, *, counts: Counts | None = None, model: ob
     return found
 
 
-def require_prompts(table: object) -> None:
+def require_prompts(table: Any) -> None:
     """Raise a ValueError if it is no table of prompts."""
     if not isinstance(table, DataFrame) or not {"sizes", "faithfulness", "error"} <= set(table.columns):
         raise ValueError("`table` must be the prompts of a sweep, `td.read_sweep(folder)`.")

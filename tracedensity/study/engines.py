@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from threading import Thread
 from typing import Any
@@ -24,9 +24,9 @@ def in_processes(work: Work, parts: Iterable[Part], n_workers: int) -> Iterator[
     """Several parts at a time, in processes that each load the model; as they get done."""
     from joblib import Parallel, delayed
 
-    run: Callable[..., Any] = delayed(_run)
+    run: Any = delayed(_run)
     one_by_one: dict[str, Any] = {"batch_size": 1, "pre_dispatch": "2*n_jobs", "return_as": "generator_unordered"}
-    parallel: Callable[..., Any] = Parallel(n_jobs=n_workers, **one_by_one)
+    parallel: Any = Parallel(n_jobs=n_workers, **one_by_one)
     yield from parallel(run(work, part, os.getpid()) for part in parts)
 
 

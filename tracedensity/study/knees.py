@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -13,7 +13,7 @@ from pandas import DataFrame
 from tracedensity.evaluation import RELATIVE_SIZES
 from tracedensity.extras import extra
 from tracedensity.study.covariates import require_prompts
-from tracedensity.study.lengths import interval
+from tracedensity.study.nested import interval
 from tracedensity.study.statistics import codes, resampled
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Thresholds:
 
     def plot(self, *, theme: "Theme | str" = "light") -> "go.Figure":
         """The mean curve, where it bends, and how far that moves between resampled prompts; see `plot_thresholds`."""
-        from tracedensity.plot.study import plot_thresholds
+        from tracedensity.plot.knees import plot_thresholds
 
         return plot_thresholds(self, theme=theme)
 
@@ -215,7 +215,7 @@ def segments(x: Float[np.ndarray, " point"], y: Float[np.ndarray, " point"], mos
         fits = []
         for places in combinations(range(_PER_SEGMENT - 1, n - _PER_SEGMENT + 1), pieces - 1):
             ends = (0, *places, n - 1)
-            if any(after - before < _PER_SEGMENT - 1 for before, after in zip(ends, ends[1:], strict=False)):
+            if any(after - before < _PER_SEGMENT - 1 for before, after in pairwise(ends)):
                 continue
             basis = np.stack([np.ones(n), x, *(np.maximum(x - x[place], 0) for place in places)], axis=1)
             fitted = basis @ np.linalg.lstsq(basis, y, rcond=None)[0]

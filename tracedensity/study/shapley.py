@@ -13,7 +13,7 @@ from pandas import DataFrame
 from tracedensity.extras import extra
 from tracedensity.study.counts import Counts
 from tracedensity.study.covariates import NUMERIC, numbers, outcome_of, with_covariates
-from tracedensity.study.lengths import interval
+from tracedensity.study.nested import interval
 from tracedensity.study.statistics import codes, exchanged, rank_correlations, resampled, strata_of
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class ShapValues:
 
     def plot(self, covariate: str | None = None, *, theme: "Theme | str" = "light") -> "go.Figure":
         """All values of all covariates (beeswarm), or those of one over what it is (dependence)."""
-        from tracedensity.plot.study import plot_shap, plot_shap_dependence
+        from tracedensity.plot.shap import plot_shap, plot_shap_dependence
 
         return plot_shap(self, theme=theme) if covariate is None else plot_shap_dependence(self, covariate, theme=theme)
 

@@ -13,6 +13,7 @@ from tracedensity.composition import Composition, counts_in
 from tracedensity.curve import DensityCurve
 from tracedensity.evaluation import RELATIVE_SIZES, paper_sizes
 from tracedensity.faithfulness import entropy, kl_divergence
+from tracedensity.graph.component import ComponentGraph
 from tracedensity.graph.token import TokenGraph
 from tracedensity.groups import by_component, by_part
 from tracedensity.model import Transformer
@@ -236,6 +237,15 @@ def curve_rows(curve: DensityCurve) -> dict[TableName, list[Row]]:
             "auc_coarse": area(sizes, curve.faithfulness[_point(curve, sizes)]),
         }
     return {"prompts": [prompt], "thresholds": _threshold_rows(curve), "points": _point_rows(curve)}
+
+
+def component_names(model: Transformer, graph: str) -> list[str]:
+    """Names of components in the order of the column `entered`.
+
+    Raises:
+        ValueError: If the model has no such graph.
+    """
+    return list(by_component(TokenGraph.of(model, 1) if graph == "token" else ComponentGraph.of(model)).columns)
 
 
 def first_entries(curve: DensityCurve) -> Int[Tensor, " component"]:

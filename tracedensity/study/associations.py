@@ -39,16 +39,15 @@ class Factors:
 
     def plot(self, outcome: str = "auc", *, theme: "Theme | str" = "light") -> "go.Figure":
         """Correlations with their intervals, plain and partial, see `plot_factors`."""
-        from tracedensity.plot.study import plot_factors
+        from tracedensity.plot.factors import plot_factors
 
         return plot_factors(self, outcome, theme=theme)
 
     def __str__(self) -> str:
-        shown: Any = self.table[
-            ["outcome", "covariate", "rho", "low", "high", "p_holm", "partial_rho", "partial_p_holm"]
-        ]
-        about = f"{int(self.table['n'].max())} prompts of {self.n_documents} documents, sizes at {self.threshold:g}"
-        return f"{about}\n{shown.to_string(index=False, float_format='{:.3g}'.format)}"
+        table: Any = self.table
+        names = ["outcome", "covariate", "rho", "low", "high", "p_holm", "partial_rho", "partial_p_holm"]
+        about = f"{table['n'].max()} prompts of {self.n_documents} documents, sizes at {self.threshold:g}"
+        return f"{about}\n{table[names].to_string(index=False, float_format='{:.3g}'.format)}"
 
 
 def factors(

@@ -37,7 +37,7 @@ class Lengths:
 
     def plot(self, *, theme: "Theme | str" = "light") -> "go.Figure":
         """Each outcome over the length, see `plot_lengths`."""
-        from tracedensity.plot.study import plot_lengths
+        from tracedensity.plot.factors import plot_lengths
 
         return plot_lengths(self, theme=theme)
 

@@ -1,0 +1,205 @@
+"""Contents: what circuits of a corpus are made of, which parts come again, and what small ones predict."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float
+from pandas import DataFrame
+
+from tracedensity.evaluation import RELATIVE_SIZES
+from tracedensity.extras import extra
+from tracedensity.study.folder import read_sweep
+from tracedensity.study.knees import on_grid, segments
+from tracedensity.study.nested import interval
+from tracedensity.study.statistics import codes, holm, resampled
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from tracedensity.plot import Theme
+
+PARTS = {"token": ("heads", "MLPs", "skip connections"), "component": ("embedding", "heads", "MLPs")}
+"""What the parts of circuits are called."""
+
+
+@dataclass(frozen=True, eq=False)
+class Phases:
+    """Whether the mean curve of faithfulness over log10 of size has a break.
+
+    Attributes:
+        break_at: Share of all edges at which two straight pieces meet; None where one is as good.
+        low: Lower end of the interval of the break, over resampled documents.
+        high: Its upper end.
+        found: Share of resampled curves that have one.
+        slopes: Faithfulness gained per tenfold size, before and behind.
+        gain: How much lower the Bayesian information criterion is with two pieces than with one.
+    """
+
+    break_at: float | None
+    low: float
+    high: float
+    found: float
+    slopes: tuple[float, ...]
+    gain: float
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """What the circuits of a corpus hold.
+
+    Attributes:
+        by_size: One row per size of the density papers: `share` of all edges; the mean over prompts of `faithfulness`,
+            of `random` circuits of that size, `top1`, `nucleus` recovered, `entropy`, `unigram_tv`, each with its
+            interval; the share of edges that are of each part (``part=heads``) and in each quarter of the layers
+            (``quarter=1``, the lowest).
+        recurrence: One row per component: `often`, the share of prompts in whose circuit it has an edge; `expected`
+            where each prompt drew as many components at random; `p` and `p_holm` of being so far from that.
+        share: Size of the circuits whose components are counted, as a share of all edges.
+        spread: Variance of `often` over components; `null_spread` is its 95th percentile under the same null.
+        null_spread: See there.
+        phases: Whether there are two phases, by the name of what was looked at: ``circuits``, and ``random`` ones.
+        n: Prompts.
+    """
+
+    by_size: DataFrame
+    recurrence: DataFrame
+    share: float
+    spread: float
+    null_spread: float
+    phases: Mapping[str, Phases]
+    n: int
+
+    def plot(self, what: str = "composition", *, theme: "Theme | str" = "light") -> "go.Figure":
+        """``"composition"``, ``"recurrence"``, ``"prediction"`` or ``"phases"``, see `plot_contents`."""
+        from tracedensity.plot.contents import plot_contents
+
+        return plot_contents(self, what, theme=theme)
+
+    def __str__(self) -> str:
+        table: Any = self.by_size
+        lines = [f"{self.n} prompts", table.to_string(index=False, float_format="{:.3g}".format)]
+        for name, phases in self.phases.items():
+            if phases.break_at is None:
+                lines.append(f"{name}: no break")
+            else:
+                lines.append(
+                    f"{name}: a break at {phases.break_at:.2g} of all edges ({phases.low:.2g} to {phases.high:.2g}, in "
+                    f"{phases.found:.0%} of resampled curves), {phases.slopes[0]:.2f} per tenfold size before, "
+                    f"{phases.slopes[-1]:.2f} behind"
+                )
+        return "\n".join(lines)
+
+
+def contents(
+    path: str | PathLike[str], *, share: float = 0.01, n_bootstrap: int = 500, n_null: int = 1000, seed: int = 0
+) -> Contents:
+    """What the circuits of a sweep hold, size by size.
+
+    Args:
+        path: Folder of the sweep.
+        share: Size of the circuits whose components are counted, as a share of all edges.
+        n_bootstrap: How often documents are resampled, for intervals.
+        n_null: How often components are drawn at random.
+        seed: For both.
+
+    Raises:
+        ValueError: If it is no sweep, or `share` is not above 0 and at most 1.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"`share` must be above 0 and at most 1, got {share}.")
+    prompts: Any = read_sweep(path)
+    prompts = prompts[prompts["error"].isna()].reset_index(drop=True)
+    if not len(prompts):
+        raise ValueError("`path` must be a sweep with numbers, got one in which every prompt has an error.")
+    points: Any = read_sweep(path, "points")
+    document = codes(prompts["document"].astype(str).to_numpy())
+    draws = list(resampled(document, n_bootstrap, seed)) if len(np.unique(document)) > 1 else []
+    rows = _by_size(prompts, points, draws)
+    recurrence, spread, null_spread = _recurrence(prompts, share, n_null, seed)
+    return Contents(rows, recurrence, share, spread, null_spread, _phases(prompts, points, draws), len(prompts))
+
+
+def _by_size(prompts: Any, points: Any, draws: list[np.ndarray]) -> DataFrame:
+    n = len(prompts)
+    names = PARTS[str(prompts["graph"].iloc[0])]
+    rows: list[dict[str, float]] = [{"share": share} for share in RELATIVE_SIZES]
+    for name in ("faithfulness", "random", "inverse", "top1", "nucleus", "entropy", "unigram_tv"):
+        values = points[name].to_numpy(float).reshape(n, -1)
+        for number, column in enumerate(values.T):
+            if np.isfinite(column).all():
+                low, high = interval([column[draw].mean() for draw in draws])
+                rows[number] |= {name: float(column.mean()), f"{name}_low": low, f"{name}_high": high}
+    parts = np.stack([*points["by_part"]]).reshape(n, len(rows), -1)
+    quarters = np.stack([*points["by_quarter"]]).reshape(n, len(rows), -1)
+    labels = [f"part={name}" for name in names[: parts.shape[2]]]
+    if parts.shape[2] < len(names):
+        labels = [f"part={name}" for name in names if name != "MLPs"]
+    for counts, of in ((parts, labels), (quarters, [f"quarter={each + 1}" for each in range(quarters.shape[2])])):
+        total = counts.sum(2, keepdims=True)
+        shares = np.divide(counts, total, out=np.full(counts.shape, np.nan), where=total > 0)
+        for number in range(len(rows)):
+            some = shares[:, number][np.isfinite(shares[:, number]).all(1)]
+            if len(some):
+                rows[number] |= dict(zip(of, some.mean(0).tolist(), strict=True))
+    return DataFrame(rows)
+
+
+def _recurrence(prompts: Any, share: float, n_null: int, seed: int) -> tuple[DataFrame, float, float]:
+    """How often each component comes, beside what would be if each prompt drew as many of them at random."""
+    stats = extra("scipy.stats", "study", "statistics")
+    entered = np.stack([*prompts["entered"]])
+    present = entered <= (share * prompts["n_edges"].to_numpy(float))[:, None]
+    n, n_components = present.shape
+    chance = present.mean(1)  # of a component of a prompt, if they were drawn
+    often, expected = present.mean(0), float(chance.mean())
+    generator = np.random.default_rng(seed)
+    null = np.empty(n_null)
+    for draw in range(n_null):
+        order = generator.random((n, n_components)).argsort(1)
+        null[draw] = (order < present.sum(1)[:, None]).mean(0).var()
+    # a sum of n draws with different chances: a normal distribution is close where n is some dozens
+    deviation = max(float(np.sqrt((chance * (1 - chance)).sum()) / n), 1e-300)
+    p = 2 * stats.norm.sf(np.abs(often - expected) / deviation)
+    made: Any = DataFrame({
+        "component": component_names(prompts, n_components), "often": often, "expected": expected, "p": p,
+        "p_holm": holm(p),
+    })  # fmt: skip
+    return made, float(often.var()), float(np.quantile(null, 0.95)) if n_null else np.nan
+
+
+def component_names(prompts: Any, n_components: int) -> list[str]:
+    """Names of components in the order of the column `entered`, as far as they are known: else numbers."""
+    about = prompts.attrs.get("sweep", {}).get("components")
+    return list(about) if about and len(about) == n_components else [str(each) for each in range(n_components)]
+
+
+def _phases(prompts: Any, points: Any, draws: list[np.ndarray]) -> dict[str, Phases]:
+    curves = np.stack([on_grid(*row) for row in zip(prompts["sizes"], prompts["faithfulness"], strict=True)])
+    n_edges = float(prompts["n_edges"].median())
+    usable = np.array(RELATIVE_SIZES) * n_edges >= 1  # what has no edge has no phase
+    x = np.log10(np.array(RELATIVE_SIZES))[usable]
+    found = {"circuits": phases_of(x, curves[:, usable], draws)}
+    random = points["random"].to_numpy(float).reshape(len(prompts), -1)
+    known = np.isfinite(random).all(0) & usable
+    if known.sum() > 5:
+        found["random"] = phases_of(np.log10(np.array(RELATIVE_SIZES))[known], random[:, known], draws)
+    return found
+
+
+def phases_of(
+    x: Float[np.ndarray, " point"], curves: Float[np.ndarray, "prompt point"], draws: list[np.ndarray]
+) -> Phases:
+    """Whether the mean of curves breaks."""
+    whole = segments(x, curves.mean(0), 2)
+    breaks = [segments(x, curves[draw].mean(0), 2).breaks for draw in draws]
+    bent = 10 ** np.array([each[0] for each in breaks if each], dtype=float)
+    low, high = interval(bent)
+    edges = np.array([x[0], *whole.breaks, x[-1]])
+    slopes = np.diff(np.interp(edges, x, whole.fitted)) / np.diff(edges)
+    return Phases(
+        float(10 ** whole.breaks[0]) if whole.breaks else None, low, high,
+        len(bent) / len(draws) if draws else np.nan, tuple(slopes.tolist()), whole.bic[0] - min(whole.bic),
+    )  # fmt: skip
