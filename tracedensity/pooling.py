@@ -14,7 +14,7 @@ from tracedensity.graph import Rows
 from tracedensity.graph.token import TokenGraph
 from tracedensity.ground import Ground
 from tracedensity.model import require_finite
-from tracedensity.run import Conditions, flushed_denormals, run_family, slices, without
+from tracedensity.run import Conditions, flushed_denormals, in_order, run_family, slices, without
 from tracedensity.setting import rows_at_once
 
 T = TypeVar("T")
@@ -181,7 +181,7 @@ def _run(asked: Sequence[Asked], owner: Int[Tensor, " row"], size: Int[Tensor, "
     tokens = torch.stack([pad(prompt, (0, n_pos - len(prompt))) for prompt in prompts])[local]
     last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)[local]
     rank = {kind: _side_by_side([each.ranking.rank[kind] for each in some], kind, n_pos) for kind in graph.shapes}
-    rank = {kind: place.to(device) for kind, place in rank.items()}
+    rank = {kind: in_order(place, conditions).to(device) for kind, place in rank.items()}
 
     def dropped(kind: str, where: int) -> Tensor | None:
         if conditions.keeps_all(kind):

@@ -64,7 +64,7 @@ def run_family(
         measure: What is wanted of their logits.
         batch_size: Circuits per forward pass; by default as many as fit in memory.
     """
-    rank = {kind: value.to(setting.model.device) for kind, value in rank.items()}
+    rank = {kind: in_order(value, conditions).to(setting.model.device) for kind, value in rank.items()}
     sizes = sizes.to(setting.model.device)
 
     def dropped(part: slice) -> Dropped:
@@ -76,6 +76,11 @@ def run_family(
         return among
 
     return run(setting, graph, dropped, len(sizes), measure, batch_size)
+
+
+def in_order(rank: Int[Tensor, "*shape"], conditions: Conditions) -> Int[Tensor, "*shape"]:
+    """A ranking in which what is no edge comes last, and is never computed; in a complement it stays first."""
+    return rank if conditions.inverse else rank.masked_fill(rank < 0, torch.iinfo(rank.dtype).max)
 
 
 def without(

@@ -230,6 +230,15 @@ class TokenGraph:
 
             return patched
 
+        def idle(layer: int) -> Edit:
+            def absent(value: Tensor) -> Tensor:
+                found = share("mlp", layer)
+                if found is None or found.dtype != torch.bool:
+                    return torch.zeros(value.shape[:-1], dtype=torch.bool, device=value.device)
+                return found
+
+            return absent
+
         def edit_heads(layer: int) -> tuple[Edit, Edit]:
             brought: list[Tensor] = []  # what absent edges add to the outputs of heads
 
@@ -255,6 +264,8 @@ class TokenGraph:
         for layer in range(self.n_layers):
             edits["pattern", layer], edits["z", layer] = edit_heads(layer)
             edits |= {(_SITES[kind], layer): edit(kind, layer) for kind in self.shapes if kind != "head"}
+            if "mlp" in self.shapes:
+                edits["mlp_idle", layer] = idle(layer)
         return edits
 
     def fed(self, kept: Bool[Tensor, "*circuit edge"]) -> Bool[Tensor, "*circuit edge"]:

@@ -24,6 +24,9 @@ reads of it, before its norm; ``final_in``, what the unembedding reads, before i
 Of heads: ``q``, ``z`` ``[batch, pos, head, d_head]``; ``k``, ``v`` ``[batch, pos, kv_head, d_head]``; ``pattern``
 ``[batch, head, dest, src]``. Of neurons ``[batch, pos, d_mlp]``: ``pre``, ``post``, and of gated MLPs ``pre_linear``.
 
+Of no value but of work: ``mlp_idle``, whose edit is given what the MLP reads, and gives booleans ``[batch, pos]``, true
+where what it makes is not wanted; it is zero there, or not, as is quicker.
+
 What norms divide by ``[batch, pos, 1]``: ``attn_in_scale``, ``attn_scale`` (between heads and stream),
 ``mlp_in_scale``, ``mlp_scale`` (between MLP and stream), ``final_scale``.
 """

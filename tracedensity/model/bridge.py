@@ -21,7 +21,7 @@ from tracedensity.model.adapter import (
     norm_of,
 )
 from tracedensity.model.norm import NormLayer
-from tracedensity.model.place import BehindNorm, Input, Place, Point, Softmax, Sum
+from tracedensity.model.place import BehindNorm, Input, Place, Point, Softmax, Spared, Sum
 from tracedensity.model.precision import full_precision
 from tracedensity.model.spread import at_hand, home
 
@@ -133,6 +133,9 @@ class BridgeAdapter:
 
     def place(self, name: str, layer: int) -> Place | None:
         block = self.model.blocks[layer]
+        if name == "mlp_idle":
+            mlp = self._plain_mlp(layer)
+            return None if mlp is None or mlp.name is None else Spared.of(mlp.original_component)
         if name == "embed":
             return Point(self._embedding.hook_out)
         if name == "final_scale":

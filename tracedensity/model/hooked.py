@@ -21,7 +21,7 @@ from tracedensity.model.adapter import (
     remade,
 )
 from tracedensity.model.norm import NormLayer
-from tracedensity.model.place import Input, Place, Point
+from tracedensity.model.place import Input, Place, Point, Spared
 from tracedensity.model.precision import full_precision
 
 _POINTS = {
@@ -100,6 +100,8 @@ class HookedAdapter:
 
     def place(self, name: str, layer: int) -> Place | None:
         block = self.model.blocks[layer]
+        if name == "mlp_idle":
+            return None if self.W_out(layer) is None else Spared.of(block.mlp)
         if name == "mlp_in":
             # there is a hook for it only where a flag is set; the module that reads it has a hook of PyTorch's
             return Input(getattr(block, self._norms.get("mlp_in", "mlp")))

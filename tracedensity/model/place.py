@@ -117,6 +117,47 @@ class _Watch(TorchFunctionMode):
 
 
 @dataclass(frozen=True, eq=False)
+class Spared:
+    """A module that works on each token by itself, and need not run on some: what it makes of them is zero.
+
+    A visit is given what the module is, and says of which tokens nothing is wanted.
+    """
+
+    module: torch.nn.Module
+
+    @classmethod
+    def of(cls, module: torch.nn.Module) -> "Spared | None":
+        """The module, unless there are hooks in it, which would see some of the tokens only."""
+        parts = [*module.modules()]
+        hooked = any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in parts)
+        return None if hooked or torch.nn.modules.module._has_any_global_hook() else cls(module)
+
+    def attach(self, visit: Visit, *, first: bool = False) -> Detach:
+        wanted: list[Tensor] = []
+
+        def pack(module: object, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            idle = visit(args[0]) if args and isinstance(args[0], Tensor) else None
+            if idle is None or not idle.any():
+                return None
+            kept = ~idle
+            kept[0, 0] |= not kept.any()  # a module may not know what to do with nothing
+            wanted.append(kept)
+            return (args[0][kept][None], *args[1:])
+
+        def spread(module: object, args: object, output: Tensor) -> Tensor | None:
+            if not wanted:
+                return None
+            kept = wanted.pop()
+            whole = output.new_zeros(*kept.shape, output.shape[-1])
+            whole[kept] = output[0]
+            return whole
+
+        before = self.module.register_forward_pre_hook(pack)
+        after = self.module.register_forward_hook(spread)
+        return _both(before.remove, after.remove)
+
+
+@dataclass(frozen=True, eq=False)
 class Sum:
     """The sum of the values at two places, of which the first comes first; it can be seen but not replaced."""
 

@@ -249,6 +249,9 @@ class Transformer(Shape):
         for (name, layer), edit in edits.items():
             if name == "skip_attn":
                 visits += self.adapter.skip_attn(layer, edit)
+            elif name == "mlp_idle":  # a shortcut, which is not taken where somebody looks at neurons
+                place = None if {("pre", layer), ("post", layer)} & edits.keys() else self.adapter.place(name, layer)
+                visits += [] if place is None else [Visiting(place, edit)]
             elif name == "skip_mlp":
                 before, branch, after = (self._place(each, layer) for each in ("resid_mid", "mlp_out", "resid_post"))
                 visits += remade(before, branch, after, edit)

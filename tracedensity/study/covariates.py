@@ -81,10 +81,11 @@ def with_covariates(table: DataFrame, *, counts: Counts | None = None, model: ob
     return found
 
 
-def require_prompts(table: Any) -> None:
+def require_prompts(given: object) -> None:
     """Raise a ValueError if it is no table of prompts."""
-    if not isinstance(table, DataFrame) or not {"sizes", "faithfulness", "error"} <= set(table.columns):
+    if not isinstance(given, DataFrame) or not {"sizes", "faithfulness", "error"} <= set(given.columns):
         raise ValueError("`table` must be the prompts of a sweep, `td.read_sweep(folder)`.")
+    table: Any = given
     if not len(table) or table["error"].notna().all():
         raise ValueError("`table` must have prompts with numbers, got none.")
 
