@@ -9,7 +9,7 @@ from tracedensity.plot.curve import plot_curve
 from tracedensity.plot.difference import plot_difference
 from tracedensity.plot.growth import plot_growth
 from tracedensity.plot.heatmap import plot_heatmap
-from tracedensity.plot.page import write_figure, write_html
+from tracedensity.plot.page import figures_page, write_figure, write_html
 from tracedensity.plot.report import activations_page, density_page, report_page
 from tracedensity.plot.strip import Strip, density_strip
 from tracedensity.plot.theme import Theme, dark
@@ -21,6 +21,7 @@ __all__ = [
     "dark",
     "density_page",
     "density_strip",
+    "figures_page",
     "plot_attention",
     "plot_circuit",
     "plot_component",

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
@@ -149,6 +150,20 @@ def page(title: str, body: Sequence[str]) -> str:
         + "\n".join(body)
         + f"\n</main>\n<script>{script}</script>\n</body>\n</html>\n"
     )
+
+
+def figures_page(title: str, figures: Sequence[go.Figure], rows: Any) -> str:
+    """A page of figures, then the table that they were drawn from.
+
+    Args:
+        title: Its title, plain text.
+        figures: The figures.
+        rows: A pandas table.
+    """
+    body = [f"<h1>{html.escape(title)}</h1>"]
+    body += [figure_div(figure, f"figure-{number}") for number, figure in enumerate(figures, start=1)]
+    cells = [[f"{cell:.3g}" if isinstance(cell, float) else cell for cell in row] for row in rows.to_numpy().tolist()]
+    return page(title, [*body, table([str(each).replace("_", " ") for each in rows.columns], cells)])
 
 
 def figure_div(figure: go.Figure, name: str) -> str:

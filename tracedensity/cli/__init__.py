@@ -2,12 +2,10 @@
 
 import io
 import json
-import logging
 import shlex
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,19 +14,50 @@ import typer
 
 import tracedensity as td
 from tracedensity.choices import (
-    Ablation,
     Attention,
     Backend,
     ComponentMethod,
     DensityMethod,
     FaithfulnessMetric,
-    Family,
-    GraphName,
-    Method,
-    Precision,
     Question,
-    TaskName,
 )
+from tracedensity.cli.options import (
+    AblationOption,
+    BudgetOption,
+    CircuitArgument,
+    CountOption,
+    DeviceOption,
+    DtypeOption,
+    FamilyOption,
+    GraphOption,
+    HtmlOption,
+    JsonOption,
+    LengthOption,
+    MethodOption,
+    ModelOption,
+    NeuronsOption,
+    NodesOption,
+    OwnModelOption,
+    PairsOption,
+    PositionOption,
+    PositionsOption,
+    PromptArgument,
+    QuestionOption,
+    SeedOption,
+    SignedOption,
+    SolvedOption,
+    StepsOption,
+    TaskOption,
+    UngroupOption,
+    as_numbers,
+    load,
+    only_given,
+    prompt_of,
+    quiet,
+    require_folders,
+    wanted,
+)
+from tracedensity.cli.study import study, sweep
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -40,12 +69,10 @@ SHORTFALL = 1e-4
 
 _CIRCUIT_AT = 0.9
 
-_words: list[
-    str
-] = []  # of the command that is run; typer's own context is of a class that its annotation does not name
+# Of the command that is run; typer's own context is of a class that its annotation does not name.
+_words: list[str] = []
 
 _during = ExitStack()  # what options before the command open, closed when it is done
-_wanted: dict[str, Any] = {}  # what they say of how a model is loaded
 
 app = typer.Typer(
     add_completion=False,
@@ -53,81 +80,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-# The library's defaults live in its signatures: an option that is not given is None and is not passed on. What
-# `show_default` says of them is help text, which a test compares with the signatures.
-ModelOption = Annotated[
-    str | None,
-    typer.Option(metavar="M", help="A name that `tracedensity models` lists, or a folder.", show_default="books-gpt2"),
-]
-DeviceOption = Annotated[
-    str | None, typer.Option(metavar="D", help="Where to run, such as cpu or cuda.", show_default=False)
-]
-DtypeOption = Annotated[Precision | None, typer.Option(help="Precision of the weights.", show_default="float32")]
-HtmlOption = Annotated[Path | None, typer.Option(metavar="OUT", help="Write a page with figures to this file.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-PromptArgument = Annotated[
-    str | None, typer.Argument(metavar="[PROMPT]", help="Text to continue; - reads it from standard input.")
-]
-PositionOption = Annotated[
-    int | None, typer.Option(help="The token whose successor is predicted; -1 is the last.", show_default="-1")
-]
-TaskOption = Annotated[
-    TaskName | None, typer.Option(help="Generate pairs of this task in place of a prompt.", show_default=False)
-]
-PairsOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Read pairs from this .csv or .jsonl file.", show_default=False)
-]
-CountOption = Annotated[int | None, typer.Option("--n", help="How many pairs to generate.", show_default="32")]
-SolvedOption = Annotated[bool, typer.Option("--solved", help="Keep only pairs that the model solves.")]
-LengthOption = Annotated[bool, typer.Option("--same-length", help="Keep only pairs of the most common length.")]
-AblationOption = Annotated[
-    Ablation | None,
-    typer.Option(
-        help="What replaces an absent edge.",
-        show_default="zero; counterfactual or resample on the component graph",
-    ),
-]
-StepsOption = Annotated[int | None, typer.Option(help="Points of integrated gradients.", show_default="5")]
-UngroupOption = Annotated[
-    bool | None,
-    typer.Option("--ungroup", help="Keys and values of every query head by themselves.", show_default=False),
-]
-SignedOption = Annotated[
-    bool | None, typer.Option("--signed", help="Edges that help first, those that hurt last.", show_default=False)
-]
-GraphOption = Annotated[
-    GraphName | None, typer.Option(help="What an edge is.", show_default="token; component for tasks")
-]
-MethodOption = Annotated[
-    Method | None,
-    typer.Option(help="How edges are scored.", show_default="norm; as for `circuit` on the component graph"),
-]
-QuestionOption = Annotated[
-    Question | None, typer.Option(help="What edges have an effect on.", show_default="logit_diff, or logprob")
-]
-FamilyOption = Annotated[Family | None, typer.Option(help="How scores become an order.", show_default="greedy")]
-PositionsOption = Annotated[
-    bool | None, typer.Option("--positions", help="Tell edges apart by token.", show_default=False)
-]
-NeuronsOption = Annotated[
-    bool | None, typer.Option("--neurons", help="Take every neuron of an MLP by itself.", show_default=False)
-]
-NodesOption = Annotated[
-    Literal["sum", "max"] | None,
-    typer.Option(help="Whole nodes, by the sum or the maximum of what leaves them.", show_default=False),
-]
-OwnModelOption = Annotated[
-    str | None,
-    typer.Option(metavar="M", help="The model that it was found in.", show_default="the one that the file names"),
-]
-CircuitArgument = Annotated[
-    Path, typer.Argument(metavar="CIRCUIT", help="A saved circuit, or a JSON file of the MIB benchmark.")
-]
-BudgetOption = Annotated[
-    int | None, typer.Option(metavar="N", help="What a search may spend, in forward passes.", show_default="400")
-]
-SeedOption = Annotated[int | None, typer.Option(help="For whatever is drawn at random.", show_default="0")]
 
 
 def _print_version(wanted: bool) -> bool:
@@ -182,10 +134,10 @@ def _root(
     """How much of a language model does one prediction need, which part, and why?"""
     if offload:
         _during.enter_context(td.offload_activations())
-    _wanted.clear()
-    _wanted.update(_given(backend=backend, device_map=_map_of(device_map)))
+    wanted.clear()
+    wanted.update(only_given(backend=backend, device_map=_map_of(device_map)))
     if dtype is not None:
-        _wanted["dtype"] = _dtype_of(dtype)
+        wanted["dtype"] = _dtype_of(dtype)
 
 
 @app.command()
@@ -270,9 +222,9 @@ def density(
     at = _CIRCUIT_AT if faithfulness is None else faithfulness
     if not 0 < at <= 1:
         raise ValueError(f"`--faithfulness` must be above 0 and at most 1, got {at:g}.")
-    _require_folders(html, save, circuit)
+    require_folders(html, save, circuit)
     _require_own(save, circuit)
-    given = _given(
+    given = only_given(
         graph=_graph(graph, task, pairs),
         method=method,
         family=family,
@@ -284,7 +236,7 @@ def density(
         steps=steps,
         ungroup=ungroup,
         positions=positions,
-        thresholds=None if thresholds is None else _numbers(thresholds),
+        thresholds=None if thresholds is None else as_numbers(thresholds),
         metric=metric,
         keep_residual=keep_residual,
         attention=attention,
@@ -293,8 +245,8 @@ def density(
         position=position,
         seed=seed,
     )
-    with _quiet():
-        loaded = _loaded(model, device)
+    with quiet():
+        loaded = load(model, device)
         curve = td.density(loaded, _subject(loaded, prompt, task, pairs, n, solved, same_length, seed), **given)
         if save is not None:
             curve.save(save)
@@ -337,12 +289,12 @@ def attribute(
     """Score every edge, and print those that matter most."""
     if top < 1:
         raise ValueError(f"`--top` must be at least 1, got {top}.")
-    options = _given(
+    options = only_given(
         graph=_graph(graph, task, pairs), method=method, metric=metric, ablation=ablation, steps=steps,
         ungroup=ungroup, positions=positions, neurons=neurons, target=target, position=position, seed=seed,
     )  # fmt: skip
-    with _quiet():
-        loaded = _loaded(model, device)
+    with quiet():
+        loaded = load(model, device)
         scores = td.attribute(loaded, _subject(loaded, prompt, task, pairs, n, solved, same_length, seed), **options)
         if nodes is None:
             table = scores.top(top)
@@ -394,21 +346,21 @@ def circuit(
     """Score the edges between heads and MLPs, cut a circuit of a size and run it."""
     from tracedensity.model import as_transformer
 
-    _require_folders(html, out, benchmark)
+    require_folders(html, out, benchmark)
     _require_own(out)
-    options = _given(
+    options = only_given(
         method=method, metric=metric, ablation=ablation, steps=steps, ungroup=ungroup, positions=positions,
         position=position, seed=seed,
     )  # fmt: skip
-    with _quiet():
-        loaded = _loaded(model, device)
+    with quiet():
+        loaded = load(model, device)
         if benchmark is not None and (
             positions or (not ungroup and td.ComponentGraph.of(as_transformer(loaded)).grouped)
         ):
             raise ValueError("`--benchmark` must come without `--positions`, and with `--ungroup` for this model.")
         subject = _subject(loaded, prompt, task, pairs, n, solved, same_length, seed)
         scores = td.attribute(loaded, subject, graph="component", **options)
-        ranking = scores.rank(**_given(family=family, signed=signed, nodes=nodes))
+        ranking = scores.rank(**only_given(family=family, signed=signed, nodes=nodes))
         cut = ranking.circuit(_size(ranking, size)).verify(loaded)
         if out is not None:
             cut.save(out)
@@ -439,8 +391,8 @@ def show(
     html: HtmlOption = None,
 ) -> None:
     """Print a saved curve or circuit."""
-    _require_folders(html)
-    with _quiet():
+    require_folders(html)
+    with quiet():
         result = _read_circuit(file) if file.suffix == ".json" else td.load(file)
         if html is not None:
             from tracedensity.plot import density_page, write_html
@@ -459,7 +411,7 @@ def verify(
 
     Exit code 1 if it is not.
     """
-    with _quiet():
+    with quiet():
         circuit = _read_circuit(file)
         measured = circuit.verify(_model_of(circuit, model, device)).faithfulness
     assert measured is not None
@@ -493,10 +445,10 @@ def check(
         _check_model(what, {"--by": by, "--model": model}, device, as_json)
         return
     unit = "edge" if by is None else by
-    with _quiet():
+    with quiet():
         found = _read_circuit(file)
         loaded = _model_of(found, model, device)
-        units, complete = td.minimality(loaded, found, **_given(by=by)), td.completeness(loaded, found)
+        units, complete = td.minimality(loaded, found, **only_given(by=by)), td.completeness(loaded, found)
     if as_json:
         knockouts = [
             {"size": int(size), "model": float(whole), "circuit": float(part)}
@@ -527,12 +479,12 @@ def refine(
     out: Annotated[Path | None, typer.Option(metavar="OUT", help="Write the circuit to this safetensors file.")] = None,
 ) -> None:
     """Search for a smaller circuit that is faithful enough."""
-    _require_folders(out)
+    require_folders(out)
     _require_own(out)
-    with _quiet():
+    with quiet():
         found = _read_circuit(file)
         loaded = _model_of(found, model, device)
-        options = _given(faithfulness=faithfulness, budget=budget, seed=seed)
+        options = only_given(faithfulness=faithfulness, budget=budget, seed=seed)
         smaller = td.refine(loaded, found.provenance.subject, found, **options)
         if out is not None:
             smaller.save(out)
@@ -577,10 +529,10 @@ def trust(
     if bad := [each for each in swap or () if "=" not in each]:
         raise ValueError(f"`--swap` must be two words with = between them, like Lily=Anna, got {bad[0]!r}.")
     swaps = dict(each.split("=", 1) for each in swap) if swap else None
-    with _quiet():
+    with quiet():
         found = _read_circuit(file)
         loaded = _model_of(found, model, device)
-        options = _given(
+        options = only_given(
             prompts=prompt, swaps=swaps, n_random=n_random, n_seeds=n_seeds, budget=budget, seed=seed
         )  # fmt: skip
         checked = found.check(loaded, **options)
@@ -590,7 +542,7 @@ def trust(
 @app.command()
 def compare(first: CircuitArgument, second: CircuitArgument, as_json: JsonOption = False) -> None:
     """How much two circuits have in common."""
-    with _quiet():
+    with quiet():
         one, other = _read_circuit(first), _read_circuit(second)
         counts = {
             "first": one.n_edges,
@@ -618,7 +570,7 @@ def convert(
     """Write a saved circuit in another format."""
     from tracedensity.files import replace_file
 
-    _require_folders(out)
+    require_folders(out)
     writers: dict[str, Callable[[Circuit, td.Scores | None], None]] = {
         ".safetensors": lambda circuit, scores: circuit.save(out),
         ".graphml": lambda circuit, scores: td.write_graphml(circuit, out, scores),
@@ -628,7 +580,7 @@ def convert(
     }
     if out.suffix not in writers:
         raise ValueError(f"`OUT` must end in one of {', '.join(writers)}, got {str(out)!r}.")
-    with _quiet():
+    with quiet():
         scores = td.read_benchmark(file).scores if file.suffix == ".json" else None
         found = _read_circuit(file)
         writers[out.suffix](found, scores)
@@ -676,17 +628,17 @@ def report(
     device: DeviceOption = None,
 ) -> None:
     """Write a page on a prediction: how much of the model it needs, which part, and why."""
-    _require_folders(out)
+    require_folders(out)
     if out.suffix != ".html":
         raise ValueError(f"`--out` must end in .html, got {str(out)!r}.")
-    options = _given(
+    options = only_given(
         graph=_graph(graph, task, pairs), method=method, family=family, refine=refine, budget=budget, metric=metric,
         ablation=ablation, keep_residual=keep_residual, faithfulness=faithfulness, position=position, seed=seed,
     )  # fmt: skip
-    with _quiet():
-        loaded = _loaded(model, device)
+    with quiet():
+        loaded = load(model, device)
         subject = _subject(loaded, prompt, task, pairs, n, solved, same_length, seed)
-        other = None if compare is None else _prompt(compare)
+        other = None if compare is None else prompt_of(compare)
         made = replace(td.report(loaded, subject, compare=other, **options), command=_written(_words))
         made.save(out)
     for finding in made.findings:
@@ -712,8 +664,8 @@ def plot(
     """Draw saved curves or circuits, or what tells them apart."""
     from tracedensity.plot import write_figure
 
-    _require_folders(out)
-    with _quiet():
+    require_folders(out)
+    with quiet():
         results = [_read_circuit(file) if file.suffix == ".json" else td.load(file) for file in files]
         write_figure(_drawn(results, [file.stem for file in files], kind, theme), out)
     typer.echo(f"Written to {out}.")
@@ -739,10 +691,10 @@ def activations(
         raise ValueError(f"`--top` must be at least 1, got {top}.")
     if heads is not None and html is None:
         raise ValueError("`--heads` must come with `--html`, for which it chooses whose attention is drawn.")
-    _require_folders(html)
-    with _quiet():
-        loaded = _loaded(model, device)
-        held = td.capture(loaded, _prompt(prompt), **_given(position=position))
+    require_folders(html)
+    with quiet():
+        loaded = load(model, device)
+        held = td.capture(loaded, prompt_of(prompt), **only_given(position=position))
         about = held.transformer
         tops = [held.top_heads(min(top, about.n_layers * about.n_heads))]
         if "post" in held.values:
@@ -770,11 +722,11 @@ def strip(
     from tracedensity.model import as_transformer
     from tracedensity.plot import density_strip
 
-    _require_folders(html)
-    with _quiet():
-        loaded = _loaded(model, device)
-        tokens = as_transformer(loaded).tokens(_prompt(text))
-        options = {"thresholds": (threshold,), "baselines": False, **_given(method=method)}
+    require_folders(html)
+    with quiet():
+        loaded = load(model, device)
+        tokens = as_transformer(loaded).tokens(prompt_of(text))
+        options = {"thresholds": (threshold,), "baselines": False, **only_given(method=method)}
         curves = [td.density(loaded, tokens, position=position, **options) for position in range(len(tokens))]
         coloured = density_strip(curves, threshold=threshold, theme=theme)
         if html is not None:
@@ -801,16 +753,20 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """What would scoring the edges of a model need, in memory and work? Its weights are not loaded."""
-    options = _given(
+    options = only_given(
         graph=graph, method=method, ablation=ablation, steps=steps, ungroup=ungroup, positions=positions,
-        neurons=neurons, n_examples=n, n_circuits=circuits, dtype=_dtype_of(dtype) or _wanted.get("dtype"),
+        neurons=neurons, n_examples=n, n_circuits=circuits, dtype=_dtype_of(dtype) or wanted.get("dtype"),
     )  # fmt: skip
-    with _quiet():
+    with quiet():
         planned = td.plan(model, tokens, **options)
     if as_json:
         typer.echo(json.dumps({**asdict(planned), "memory": planned.memory}))
     else:
         typer.echo(planned)
+
+
+app.command()(sweep)
+app.add_typer(study, name="study")
 
 
 @app.command()
@@ -910,11 +866,6 @@ def _char(char: str) -> str:
     return "\\n" if char == "\n" else f"\\U{ord(char):08x}"
 
 
-def _given(**options: Any) -> dict[str, Any]:
-    """The options that were given, so that the defaults of the library hold for the others."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
 def _graph(graph: str | None, task: str | None, pairs: Path | None) -> str | None:
     """The graph that was asked for, or that pairs of prompts imply."""
     return "component" if graph is None and (task is not None or pairs is not None) else graph
@@ -933,16 +884,12 @@ def _size(ranking: "td.Ranking", size: int | None) -> int:
     return natural[size - 1]
 
 
-def _loaded(model: str | None, device: str | None) -> Any:
-    return td.load_model(**_given(name_or_model=model, device=device), **_wanted)
-
-
 def _check_model(name: str, of_circuits: Mapping[str, object], device: str | None, as_json: bool) -> None:
     """Print the report on a model; the exit code is 1 if something does not hold."""
     if wrong := [option for option, value in of_circuits.items() if value is not None]:
         raise ValueError(f"leave out `{wrong[0]}` for a model: it is for circuits, and {name!r} is no file.")
-    with _quiet():
-        report = td.check_model(_loaded(name, device))
+    with quiet():
+        report = td.check_model(load(name, device))
     if as_json:
         found = {
             "model": report.name,
@@ -976,7 +923,7 @@ def _model_of(circuit: "Circuit", model: str | None, device: str | None) -> obje
         )
     name = circuit.provenance.model if model is None else model
     try:
-        return _loaded(name, device)
+        return load(name, device)
     except (ValueError, OSError) as error:
         if model is not None:
             raise
@@ -1003,14 +950,14 @@ def _subject(
         if solved or same_length:
             option = "--solved" if solved else "--same-length"
             raise ValueError(f"`{option}` must come with `--task` or `--pairs`, of which it keeps some.")
-        return _prompt(prompt)
+        return prompt_of(prompt)
     if pairs is not None:
         read = td.tasks.from_csv if pairs.suffix == ".csv" else td.tasks.from_jsonl
         found = read(pairs, model)
         found = found.where_solved(model) if solved else found
     else:
         assert task is not None
-        found = td.tasks.make(task, model, **_given(n=n, seed=seed), solved=solved)
+        found = td.tasks.make(task, model, **only_given(n=n, seed=seed), solved=solved)
     return found.of_length(model) if same_length else found
 
 
@@ -1045,55 +992,8 @@ def _circuit_json(circuit: "Circuit", scores: "td.Scores", solves: Any) -> dict[
     }
 
 
-def _prompt(argument: str) -> str:
-    try:
-        # A line that `echo` wrote ends where its text does.
-        text = sys.stdin.read().removesuffix("\n") if argument == "-" else argument
-        text.encode()  # bytes that are no text reach us as lone surrogates
-    except UnicodeError as error:
-        raise ValueError(f"`PROMPT` must be UTF-8 text, got something else ({error}).") from error
-    return text
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(number) for number in text.split(","))
-    except ValueError as error:
-        raise ValueError(f"`--thresholds` must be numbers such as 0.5,0.9, got {text!r}.") from error
-
-
-def _require_folders(*paths: Path | None) -> None:
-    """Refuse a file that cannot be written before the work, not after it."""
-    for path in paths:
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise ValueError(f"the output must be a file in a folder that exists, got {str(path)!r}.")
-
-
 def _require_own(*paths: Path | None) -> None:
     """Refuse a name that says the file is another format."""
     for path in paths:
         if path is not None and path.suffix == ".json":
             raise ValueError(f"`{path}` must not end in .json: it is a safetensors file. `convert` writes JSON.")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """While open, other libraries neither print nor warn; this one's own warnings become one line each."""
-
-    def show_warning(message: Warning | str, *_: object, **__: object) -> None:
-        typer.echo(f"Warning: {message}", err=True)
-
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            warnings.filterwarnings("default", category=UserWarning, module=r"tracedensity|__main__")
-            warnings.showwarning = show_warning
-            yield
-    finally:
-        logging.disable(disabled)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

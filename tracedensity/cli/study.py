@@ -1,0 +1,382 @@
+"""Commands on a corpus: sweeps, and what is asked of their tables."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+import tracedensity as td
+from tracedensity.choices import Attention, DensityMethod, Engine, FaithfulnessMetric, Question
+from tracedensity.cli.options import (
+    AblationOption,
+    BudgetOption,
+    DeviceOption,
+    FamilyOption,
+    GraphOption,
+    HtmlOption,
+    JsonOption,
+    ModelOption,
+    PositionOption,
+    SeedOption,
+    SignedOption,
+    StepsOption,
+    UngroupOption,
+    as_numbers,
+    only_given,
+    quiet,
+    require_folders,
+    wanted,
+)
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+study = typer.Typer(
+    help="Ask something of the tables that `sweep` has written.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The folder that `sweep` has written.")]
+CountsOption = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="FILE", help="Text to count tokens in, for how rare they are; may be given several times."),
+]
+AskedModelOption = Annotated[
+    str | None,
+    typer.Option(metavar="M", help="The model, whose tokenizer counts; needed with `--counts`.", show_default=False),
+]
+ThresholdOption = Annotated[
+    float | None,
+    typer.Option(metavar="F", help="Faithfulness at which sizes are taken.", show_default="0.9"),
+]
+OutcomeOption = Annotated[
+    Literal["auc", "fraction", "size", "per_token", "component_share"] | None,
+    typer.Option(help="Which density.", show_default="auc"),
+]
+CsvOption = Annotated[Path | None, typer.Option(metavar="OUT", help="Write the table to this CSV file.")]
+BootstrapOption = Annotated[
+    int | None, typer.Option("--bootstrap", metavar="N", help="How often documents are resampled.")
+]
+PermutationsOption = Annotated[
+    int | None, typer.Option("--permutations", metavar="N", help="How often prompts are exchanged.")
+]
+
+
+def sweep(
+    prompts: Annotated[
+        list[Path], typer.Argument(metavar="PROMPTS...", help="Files of prompts: .txt, .jsonl, .csv or .parquet.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder to write, or to go on with.")],
+    model: ModelOption = None,
+    context_words: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Cut text into contexts of so many words; the next word is the target."),
+    ] = None,
+    context_tokens: Annotated[
+        str | None,
+        typer.Option(metavar="N,N,...", help="Or of so many tokens; several numbers give nested contexts."),
+    ] = None,
+    per_document: Annotated[
+        int | None, typer.Option(metavar="N", help="At most so many contexts of each document.")
+    ] = None,
+    column: Annotated[
+        str | None,
+        typer.Option(help="Where tables have their prompts.", show_default="prompt, text or content"),
+    ] = None,
+    counts: CountsOption = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Only the first so many prompts.")] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="The I-th of N runs, from 0, or auto: as Slurm or torchrun say."),
+    ] = None,
+    engine: Annotated[Engine | None, typer.Option(help="Where it is run.", show_default="local")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Processes, or actors of Ray.", show_default="one per core, for many prompts"),
+    ] = None,
+    gpus: Annotated[
+        float | None, typer.Option(metavar="N", help="GPUs of each actor of Ray.", show_default="0")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(metavar="N", help="Threads of each process.", show_default="1")] = None,
+    part_size: Annotated[
+        int | None, typer.Option(metavar="N", help="Prompts that are lost if a run is killed.", show_default="64")
+    ] = None,
+    curves: Annotated[
+        bool | None, typer.Option("--curves", help="Write the curve of each prompt as well.", show_default=False)
+    ] = None,
+    circuits: Annotated[
+        str | None,
+        typer.Option(metavar="F,F,...", help="Write the circuits of these faithfulnesses as well."),
+    ] = None,
+    no_resume: Annotated[bool, typer.Option("--no-resume", help="Refuse a folder that has a sweep in it.")] = False,
+    graph: GraphOption = None,
+    method: Annotated[
+        DensityMethod | None, typer.Option(help="How edges are scored, as for `density`.", show_default="norm")
+    ] = None,
+    family: FamilyOption = None,
+    refine: Annotated[
+        bool | None,
+        typer.Option("--refine", help="Search for smaller circuits at every threshold.", show_default=False),
+    ] = None,
+    budget: BudgetOption = None,
+    thresholds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="F,F,...",
+            help="Faithfulnesses to find the smallest circuits for.",
+            show_default="0.5,0.8,0.9,0.95,0.99",
+        ),
+    ] = None,
+    signed: SignedOption = None,
+    metric: Annotated[
+        Literal[FaithfulnessMetric, Question] | None,
+        typer.Option(help="What faithfulness means.", show_default="tv"),
+    ] = None,
+    ablation: AblationOption = None,
+    steps: StepsOption = None,
+    ungroup: UngroupOption = None,
+    keep_residual: Annotated[
+        bool | None, typer.Option("--keep-residual", help="Keep all skip connections.", show_default=False)
+    ] = None,
+    attention: Annotated[
+        Attention | None,
+        typer.Option(help="Whether absent attention edges are ablated or only counted.", show_default="masked"),
+    ] = None,
+    no_baselines: Annotated[
+        bool, typer.Option("--no-baselines", help="Leave out random and inverse circuits.")
+    ] = False,
+    position: PositionOption = None,
+    seed: SeedOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Density of all prompts of a corpus, as tables on disk; run again, it goes on where it ended."""
+    options = only_given(
+        context_words=context_words,
+        context_tokens=None if context_tokens is None else _whole(context_tokens, "--context-tokens"),
+        per_document=per_document, column=column, limit=limit, shard=shard, engine=engine, workers=workers, gpus=gpus,
+        threads=threads, part_size=part_size, curves=curves, resume=False if no_resume else None,
+        circuits=None if circuits is None else as_numbers(circuits, "--circuits"), graph=graph, method=method,
+        family=family, refine=refine, budget=budget,
+        thresholds=None if thresholds is None else as_numbers(thresholds), signed=signed, metric=metric,
+        ablation=ablation, steps=steps, ungroup=ungroup, keep_residual=keep_residual, attention=attention,
+        baselines=False if no_baselines else None, position=position, seed=seed,
+    )  # fmt: skip
+    with quiet():
+        done = td.sweep(
+            "books-gpt2" if model is None else model, prompts, out, counts=counts or None,
+            loading={**only_given(device=device), **wanted}, **options,
+        )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps({**vars(done), "path": str(done.path)}))
+    else:
+        typer.echo(done)
+
+
+@study.command()
+def table(
+    folder: FolderArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="A .csv, .jsonl or .parquet file.")],
+    name: Annotated[
+        Literal["prompts", "thresholds", "points"], typer.Option("--table", help="Which of its tables.")
+    ] = "prompts",
+) -> None:
+    """Write a table of a sweep to one file."""
+    require_folders(out)
+    if out.suffix not in (".csv", ".jsonl", ".parquet"):
+        raise ValueError(f"`--out` must end in .csv, .jsonl or .parquet, got {str(out)!r}.")
+    with quiet():
+        rows: Any = td.read_sweep(folder, name)
+        rows.attrs = {}
+        if out.suffix == ".parquet":
+            content = rows.to_parquet(index=False)
+        elif out.suffix == ".csv":
+            content = rows.to_csv(index=False)
+        else:
+            content = rows.to_json(orient="records", lines=True, force_ascii=False)
+        _write(out, content)
+    typer.echo(f"{len(rows):,} rows written to {out}.")
+
+
+@study.command()
+def factors(
+    folder: FolderArgument,
+    outcome: OutcomeOption = None,
+    threshold: ThresholdOption = None,
+    counts: CountsOption = None,
+    model: AskedModelOption = None,
+    bootstrap: BootstrapOption = None,
+    permutations: PermutationsOption = None,
+    seed: SeedOption = None,
+    csv: CsvOption = None,
+    html: HtmlOption = None,
+) -> None:
+    """What density goes with: entropy, rarity, length, repetition, complexity, domain."""
+    with quiet():
+        known = _counted(folder, counts, model)
+        found = td.study.factors(
+            known,
+            **only_given(
+                outcomes=None if outcome is None else (outcome,), threshold=threshold, n_bootstrap=bootstrap,
+                n_permutations=permutations, seed=seed,
+            ),
+        )  # fmt: skip
+    shown = dict.fromkeys(found.table["outcome"])
+    _finish("What density goes with", found, found.table, csv, html, [*map(found.plot, shown)] if html else [])
+
+
+@study.command()
+def lengths(
+    folder: FolderArgument,
+    threshold: ThresholdOption = None,
+    bootstrap: BootstrapOption = None,
+    permutations: PermutationsOption = None,
+    seed: SeedOption = None,
+    csv: CsvOption = None,
+    html: HtmlOption = None,
+) -> None:
+    """What longer contexts do to the density of the same predictions (nested contexts)."""
+    with quiet():
+        found = td.study.lengths(
+            td.read_sweep(folder),
+            **only_given(threshold=threshold, n_bootstrap=bootstrap, n_permutations=permutations, seed=seed),
+        )
+    _finish("Density and the length of the context", found, found.table, csv, html, [found.plot()] if html else [])
+
+
+@study.command()
+def compare(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR DIR...", help="Sweeps of different models over the same prompts.")
+    ],
+    other: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="Sweeps of the same models with another method, for reliability."),
+    ] = None,
+    outcome: OutcomeOption = None,
+    threshold: ThresholdOption = None,
+    bootstrap: BootstrapOption = None,
+    permutations: PermutationsOption = None,
+    seed: SeedOption = None,
+    csv: CsvOption = None,
+    html: HtmlOption = None,
+) -> None:
+    """Whether the same inputs are dense for different models."""
+    with quiet():
+        found = td.study.compare(
+            _by_model(folders),
+            others=_by_model(other or []),
+            **only_given(
+                outcome=outcome, threshold=threshold, n_bootstrap=bootstrap, n_permutations=permutations, seed=seed
+            ),
+        )
+    _finish("The density of different models", found, found.table, csv, html, [found.plot()] if html else [])
+
+
+@study.command()
+def thresholds(
+    folder: FolderArgument,
+    split: Annotated[
+        float | None, typer.Option(metavar="F", help="Share of documents to choose on.", show_default="0.5")
+    ] = None,
+    bootstrap: BootstrapOption = None,
+    seed: SeedOption = None,
+    csv: CsvOption = None,
+    html: HtmlOption = None,
+) -> None:
+    """Choose a threshold where the mean curve bends, and try it on other documents."""
+    with quiet():
+        found = td.study.thresholds(td.read_sweep(folder), **only_given(split=split, n_bootstrap=bootstrap, seed=seed))
+    _finish("Where the curve bends", found, found.table, csv, html, [found.plot()] if html else [])
+
+
+@study.command()
+def shap(
+    folder: FolderArgument,
+    outcome: OutcomeOption = None,
+    threshold: ThresholdOption = None,
+    regressor: Annotated[
+        Literal["boosting", "ridge"] | None, typer.Option(help="Which regression.", show_default="boosting")
+    ] = None,
+    counts: CountsOption = None,
+    model: AskedModelOption = None,
+    seed: SeedOption = None,
+    csv: CsvOption = None,
+    html: HtmlOption = None,
+) -> None:
+    """Which covariates a regression of density draws on (Shapley values)."""
+    with quiet():
+        found = td.study.shap_values(
+            _counted(folder, counts, model),
+            **only_given(outcome=outcome, threshold=threshold, regressor=regressor, seed=seed),
+        )
+    figures = [found.plot(), *map(found.plot, found.table["covariate"])] if html else []
+    _finish("What a regression of density draws on", found, found.table, csv, html, figures)
+
+
+@study.command()
+def contents(
+    folder: FolderArgument,
+    share: Annotated[
+        float | None,
+        typer.Option(metavar="F", help="Size of the circuits whose components are counted.", show_default="0.01"),
+    ] = None,
+    bootstrap: BootstrapOption = None,
+    seed: SeedOption = None,
+    csv: CsvOption = None,
+    html: HtmlOption = None,
+) -> None:
+    """What circuits hold: parts and layers, components that come again, what small ones predict, phases."""
+    with quiet():
+        found = td.study.contents(folder, **only_given(share=share, n_bootstrap=bootstrap, seed=seed))
+        kinds = ("composition", "layers", "recurrence", "prediction", "phases")
+    _finish("What circuits hold", found, found.by_size, csv, html, [found.plot(each) for each in kinds] if html else [])
+
+
+def _counted(folder: Path, counts: list[Path] | None, model: str | None) -> Any:
+    """The prompts of a sweep with covariates, rarities among them where counts are given."""
+    known = td.read_sweep(folder)
+    if not counts:
+        return known
+    if model is None:
+        raise ValueError("`--counts` must come with `--model`, whose tokens are counted.")
+    loaded = td.load_model(model, **wanted)
+    return td.study.with_covariates(known, counts=td.study.count_tokens(loaded, *counts), model=loaded)
+
+
+def _by_model(folders: list[Path]) -> dict[str, Any]:
+    """Tables by the name of their model; by that of the folder as well, where two are of one model."""
+    tables = [(folder, td.read_sweep(folder)) for folder in folders]
+    models = [str(each.attrs["sweep"]["model"]) for _, each in tables]
+    found = {}
+    for model, (folder, each) in zip(models, tables, strict=True):
+        found[model if models.count(model) == 1 else f"{model} ({folder.name})"] = each
+    return found
+
+
+def _finish(title: str, found: object, rows: Any, csv: Path | None, html: Path | None, figures: "list[Figure]") -> None:
+    """Print what was found, and write the files that were asked for."""
+    require_folders(csv, html)
+    if csv is not None:
+        _write(csv, rows.to_csv(index=False))
+    if html is not None:
+        from tracedensity.plot import figures_page, write_html
+
+        write_html(figures_page(title, figures, rows), html)
+    typer.echo(found)
+
+
+def _write(path: Path, content: str | bytes) -> None:
+    from tracedensity.files import replace_file
+
+    replace_file(path, content)
+
+
+def _whole(text: str, option: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"`{option}` must be whole numbers such as 8,16,32, got {text!r}.") from error
