@@ -25,6 +25,7 @@ _ROWS = 1024
 """Rows of a Parquet file that are read together."""
 
 _TITLE = re.compile(r"\s*= [^=].* =\s*")  # of an article, as WikiText writes it
+_HEADING = re.compile(r"\s*=( =)+ .* =( =)+\s*")  # of a part of one
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ class Corpus:
     def _of_text(self, path: Path, name: str, model: Transformer) -> Iterator[Context]:
         """Each line of a text file, or what its documents are cut into.
 
-        Documents begin where WikiText has the title of an article, or else behind empty lines.
+        Documents begin where WikiText has the title of an article, or else behind empty lines. Titles are no text.
         """
         if not self.cut:
             for number, line in enumerate(_lines(path)):
@@ -213,7 +214,8 @@ class Corpus:
                 document = Context(f"{name}:{number}", source=name)
                 yield from self.cut.pieces(document, lines, model)
                 number, lines = number + 1, []
-            if line is not None and line.strip():
+            is_title = line is not None and with_titles and (_TITLE.fullmatch(line) or _HEADING.fullmatch(line))
+            if line is not None and line.strip() and not is_title:
                 lines.append(line)
 
     def _of_rows(

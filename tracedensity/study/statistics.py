@@ -112,7 +112,7 @@ class Sample:
             return [Estimate(np.nan, np.nan, np.nan, np.nan, n)] * len(pairs)
         wanted = [[place[name] for name in pair.names] for pair in pairs]
         matrix = rank_correlations(values)
-        rho = np.array([partial(matrix, *each) for each in wanted])
+        rho = np.array([partial(matrix[None], *each)[0] for each in wanted])
         again = np.empty((0, *matrix.shape))
         if self.n_bootstrap and len(np.unique(self.document[known])) > 1:  # one document says nothing of others
             draws = resampled(self.document[known], self.n_bootstrap, self.seed)
@@ -189,8 +189,8 @@ def rank_correlations(columns: Float[np.ndarray, "row column"]) -> Float[np.ndar
 
 
 def partial(
-    matrix: Float[np.ndarray, "*draw column column"], x: int, y: int, *controls: int
-) -> Float[np.ndarray, "*draw"]:
+    matrix: Float[np.ndarray, "draw column column"], x: int, y: int, *controls: int
+) -> Float[np.ndarray, " draw"]:
     """Correlations of two columns given others, from those of all pairs; NaN where controls leave nothing of one."""
     both, given = [x, y], list(controls)
     covariance = matrix[..., both, :][..., both]

@@ -1,0 +1,181 @@
+"""How prompts are read from files and cut out of text."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import tracedensity as td
+from tracedensity.model import Transformer, as_transformer
+from tracedensity.study.contexts import Corpus, Cut
+
+ARTICLES = """ = First =
+
+ One two three four five six seven
+ = = Part = =
+ eight nine
+
+ = Second =
+
+ a b c d e
+"""
+BLOCKS = "one two three four\nfive six\n\n\nseven eight nine ten\n"
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return as_transformer(td.load_model())
+
+
+@pytest.fixture
+def written(tmp_path: Path):
+    def write(name: str, content: str | bytes) -> Path:
+        path = tmp_path / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    return write
+
+
+def contexts(given: object, model: Transformer, cut: Cut | None = None, column: str | None = None) -> list:
+    return list(Corpus.of(given, cut or Cut(), column).contexts(model))
+
+
+def test_each_line_of_text_is_a_prompt_unless_it_is_cut(written, model):
+    found = contexts(written("some.txt", "one\n\n  \ntwo three\n"), model)
+    assert [(each.id, each.prompt, each.target) for each in found] == [
+        ("some.txt:0", "one", None),
+        ("some.txt:3", "two three", None),
+    ]
+
+
+def test_pieces_do_not_overlap_nor_reach_over_paragraphs_and_know_the_next_word(written, model):
+    found = contexts(written("some.txt", BLOCKS), model, Cut(words=1))
+    assert [(each.prompt, each.target) for each in found] == [
+        ("one", " two"), ("three", " four"), ("five", " six"), ("seven", " eight"), ("nine", " ten"),
+    ]  # fmt: skip
+    assert [each.document for each in found] == ["some.txt:0"] * 3 + ["some.txt:1"] * 2
+    assert len({each.id for each in found}) == 5
+
+
+def test_articles_are_the_documents_of_wiki_text(written, model):
+    found = contexts(written("wiki.txt", ARTICLES), model, Cut(words=4))
+    assert [(each.document, each.prompt) for each in found] == [
+        ("wiki.txt:0", "One two three four"),
+        ("wiki.txt:1", "a b c d"),
+    ]
+
+
+def test_a_document_gives_no_more_pieces_than_asked_for(written, model):
+    found = contexts(written("some.txt", BLOCKS), model, Cut(words=1, per_document=2))
+    assert [each.prompt for each in found] == ["one", "three", "seven", "nine"]
+
+
+def test_nested_contexts_end_at_the_same_target(written, model):
+    text = "Once upon a time there was a little girl who lived in a house."
+    found = contexts(written("some.txt", text), model, Cut(tokens=(2, 4)))
+    ids, bos = model.pieces(text), model.beginning
+    assert bos
+    first = found[:2]
+    assert [each.prompt for each in first] == [(*bos, *ids[2:4]), (*bos, *ids[:4])]
+    assert {each.target for each in first} == {ids[4]}
+    assert len({each.group for each in first}) == 1
+    assert [each.id.rsplit(":", 1)[1] for each in first] == ["2", "4"]
+    assert found[2].group != first[0].group
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_tables_may_say_more_than_the_prompt(suffix, written, model, tmp_path):
+    rows = pd.DataFrame({
+        "text": ["one two", "three"], "id": ["a", "b"], "document": ["x", "x"], "domain": ["prose", None],
+        "target": [" three", None],
+    })  # fmt: skip
+    path = tmp_path / f"some{suffix}"
+    if suffix == ".jsonl":
+        path.write_text(rows.to_json(orient="records", lines=True))
+    elif suffix == ".csv":
+        rows.to_csv(path, index=False)
+    else:
+        rows.to_parquet(path)
+    first, second = contexts(path, model)
+    assert (first.id, first.prompt, first.target, first.document, first.domain) == (
+        "a",
+        "one two",
+        " three",
+        "x",
+        "prose",
+    )
+    assert (second.target, second.domain, second.source) == (None, "", path.name)
+
+
+def test_lists_frames_and_ids_are_taken_as_well(model):
+    assert [each.prompt for each in contexts(["one", [1, 2], "two"], model)] == ["one", (1, 2), "two"]
+    frame = pd.DataFrame({"content": ["one"]})
+    assert contexts(frame, model)[0].prompt == "one"
+    assert contexts([{"prompt": "one", "document": "d"}], model)[0].document == "d"
+
+
+def test_a_bad_row_is_a_context_with_its_error(written, model):
+    lines = ['{"prompt": "fine"}', "{not json", '{"prompt": null}', '{"other": 1}', '{"prompt": {"a": 1}}']
+    found = contexts(written("some.jsonl", "\n".join(lines)), model)
+    assert [bool(each.error) for each in found] == [False, True, True, True, True]
+    assert "no JSON" in found[1].error and "missing" in found[2].error and "column" in found[3].error
+    assert len({each.id for each in found}) == 5
+
+
+def test_a_table_is_cut_like_text(written, model):
+    rows = [{"text": "one two three\nfour five", "id": "book", "domain": "prose"}]
+    found = contexts(written("some.jsonl", "\n".join(map(json.dumps, rows))), model, Cut(words=1))
+    assert [(each.prompt, each.document, each.domain) for each in found] == [
+        ("one", "book", "prose"), ("four", "book", "prose"),
+    ]  # fmt: skip
+
+
+def test_what_is_said_of_a_corpus_changes_with_its_content_and_not_with_its_folder(written, tmp_path):
+    first = Corpus.of(written("some.txt", "one"), Cut()).about
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "some.txt").write_text("one")
+    assert Corpus.of(other / "some.txt", Cut()).about == first
+    (other / "some.txt").write_text("two")
+    assert Corpus.of(other / "some.txt", Cut()).about != first
+    assert Corpus.of(["one"], Cut()).about != Corpus.of(["two"], Cut()).about
+
+
+def test_files_of_one_name_have_contexts_of_different_names(written, model, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "some.txt").write_text("two")
+    found = contexts([written("some.txt", "one"), other / "some.txt"], model)
+    assert [each.id for each in found] == ["some.txt:0", "some.txt#2:0"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"words": 0}, "`context_words` must be at least 1"),
+        ({"tokens": (4, 0)}, "`context_tokens` must be at least 1"),
+        ({"words": 4, "tokens": (4,)}, "give one of"),
+        ({"per_document": 2}, "nothing is cut"),
+        ({"tokens": (4, 4)}, "different numbers"),
+    ],
+)
+def test_a_cut_that_is_none_is_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        Cut(**options)
+
+
+def test_what_is_no_prompts_is_refused(tmp_path, written, model):
+    with pytest.raises(ValueError, match="does not exist"):
+        Corpus.of(tmp_path / "none.txt", Cut())
+    with pytest.raises(ValueError, match="is a folder"):
+        Corpus.of(tmp_path, Cut())
+    with pytest.raises(ValueError, match=r"end in one of \.txt"):
+        Corpus.of(written("some.pdf", "x"), Cut())
+    with pytest.raises(ValueError, match="got none"):
+        Corpus.of([], Cut())
+    with pytest.raises(ValueError, match="column of prompts must be one of"):
+        contexts(written("some.csv", "a,b\n1,2\n"), model)
+    with pytest.raises(ValueError, match="which is none"):
+        contexts(written("some.parquet", "text"), model)
