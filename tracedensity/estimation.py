@@ -223,7 +223,7 @@ class Estimation:
         asked = self.metric if callable(self.metric) or self.metric not in CONVERSIONS else None
         setting, scores = self._scored(prompt, None if self.method in ("best", "exhaustive") else self.method, asked)
         if logits is not None:
-            setting = setting.predicting(logits[None])
+            setting = setting.predicting(logits.expand(len(setting.prompts), -1))
         require_options(scores.graph, self.attention, self.keep_residual, self.batch_size)
         conditions = Conditions(False, self.keep_residual, self.attention, setting.ablation)
         gauge = Gauge.of(setting, scores.graph, self.metric, named_metrics(self.also, setting) if self.also else {})

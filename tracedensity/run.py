@@ -84,7 +84,7 @@ def in_order(rank: Int[Tensor, "*shape"], conditions: Conditions) -> Int[Tensor,
 
 
 def without(
-    place: Int[Tensor, "circuit ..."], size: Int[Tensor, " circuit"], conditions: Conditions
+    place: Int[Tensor, "#circuit ..."], size: Int[Tensor, " circuit"], conditions: Conditions
 ) -> Bool[Tensor, "circuit ..."]:
     """Which edges are ablated in the circuit of each size, or in its complement, by their places in a ranking."""
     size = size.to(place.dtype).view(-1, *[1] * (place.dim() - 1))

@@ -132,6 +132,8 @@ class Transformer(Shape):
     @cached_property
     def beginning(self) -> tuple[int, ...]:
         """What `tokens` puts before a text: the token that begins a sequence, or nothing."""
+        if self.model.tokenizer is None:
+            return ()
         whole, own = self.tokens("a").tolist(), self.pieces("a")
         return tuple(whole[: len(whole) - len(own)])
 

@@ -1,0 +1,395 @@
+"""Sweeps: their rows are what `td.density` gives, and however a run ends, nothing is lost and nothing doubled."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import tracedensity as td
+from tracedensity.study.folder import Folder
+from tracedensity.study.table import TABLES
+from tracedensity.study.work import Worker
+
+VOCABULARY = 20  # of the tiny models
+OPTIONS: dict[str, Any] = {"part_size": 4, "thresholds": (0.5, 0.9), "progress": False}
+
+
+def drawn(n: int, seed: int = 0) -> list[list[int]]:
+    """Prompts of different lengths."""
+    random_ = random.Random(seed)
+    return [[random_.randrange(VOCABULARY) for _ in range(random_.randrange(2, 9))] for _ in range(n)]
+
+
+PROMPTS = drawn(10)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """All that is in a folder, hidden files as well."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_gpt2, tmp_path_factory) -> Path:
+    """A sweep that nothing has stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    td.sweep(tiny_gpt2, PROMPTS, folder / "sweep", **OPTIONS)
+    return folder / "sweep"
+
+
+def test_every_row_is_what_density_gives(tiny_model, tmp_path):
+    done = td.sweep(tiny_model, PROMPTS, tmp_path / "sweep", **OPTIONS)
+    assert (done.n_prompts, done.n_made, done.n_errors) == (10, 10, 0)
+    prompts, thresholds, points = (done.table(name) for name in TABLES)
+    for number, prompt in enumerate(PROMPTS):
+        curve = td.density(tiny_model, prompt, thresholds=(0.5, 0.9), also=("top1", "nucleus", "entropy"))
+        row = prompts.iloc[number]
+        assert row["tokens"].tolist() == prompt and row["n_tokens"] == len(prompt)
+        assert row["n_edges"] == curve.n_edges
+        assert row["sizes"].tolist() == curve.sizes.tolist()
+        np.testing.assert_allclose(row["faithfulness"], curve.faithfulness, atol=1e-5)
+        assert row["auc"] == pytest.approx(curve.auc, abs=1e-5)
+        assert row["entropy"] == pytest.approx(curve.entropy, abs=1e-5)
+        assert (row["top_token"], row["top_text"]) == (curve.top_token, curve.top_text)
+        logits = tiny_model(torch.tensor([prompt])).detach()[0, -1].softmax(-1).sort(descending=True).values
+        assert row["margin"] == pytest.approx(float(logits[0] - logits[1]), abs=1e-5)
+        own = thresholds[thresholds["index"] == number].reset_index(drop=True)
+        table = curve.table()
+        for name in ("threshold", "size", "stable_size", "fraction", "faithfulness"):
+            np.testing.assert_allclose(own[name], table[name], atol=1e-5)
+        for _, each in own.iterrows():
+            kept = curve.circuit(size=int(each["size"])).kept
+            parts = [int(kept[kind].sum()) for kind in ("head", "mlp")]
+            assert each["by_part"].tolist() == [*parts, int(each["size"]) - sum(parts)]
+            assert sum(each["by_quarter"]) == each["size"]
+            heads = kept["head"].flatten(2).any(2).sum()
+            states = sum(int(kept[kind].any(1).sum()) for kind in ("mlp", "resid_attn", "resid_mlp"))
+            assert each["n_components"] == int(heads) + states == (row["entered"] <= each["size"]).sum()
+        grid = points[points["index"] == number]
+        assert grid["size"].tolist() == [int(share * curve.n_edges) for share in grid["share"]]
+        place = torch.searchsorted(curve.sizes, torch.tensor(grid["size"].to_numpy()))
+        np.testing.assert_allclose(grid["faithfulness"], curve.faithfulness[place], atol=1e-5)
+        for name in ("top1", "nucleus", "entropy"):
+            np.testing.assert_allclose(grid[name], curve.also[name][place], atol=1e-4)
+        known = grid["random"].notna()
+        assert curve.random is not None
+        assert set(grid["size"][known]) == set(curve.random.sizes.tolist())
+
+
+def test_other_metrics_of_the_same_circuits_are_those_of_evaluate(tiny_gpt2):
+    curve = td.density(tiny_gpt2, PROMPTS[0], also=("top1", "kl"), baselines=False)
+    found = td.evaluate(tiny_gpt2, PROMPTS[0], curve.ranking, curve.sizes, metrics=("top1", "kl"))
+    for name in ("top1", "kl"):
+        np.testing.assert_allclose(curve.also[name], found.metrics[name], atol=1e-5)
+
+
+def test_a_run_again_writes_nothing_and_gives_the_same(tiny_gpt2, whole):
+    before = {name: (whole / name).stat().st_mtime_ns for name in files(whole)}
+    done = td.sweep(tiny_gpt2, PROMPTS, whole, **OPTIONS)
+    assert (done.n_prompts, done.n_made) == (10, 0)
+    assert {name: (whole / name).stat().st_mtime_ns for name in files(whole)} == before
+
+
+def test_two_runs_write_the_same_bytes(tiny_gpt2, whole, tmp_path):
+    td.sweep(tiny_gpt2, PROMPTS, tmp_path / "again", **OPTIONS)
+    assert files(tmp_path / "again") == files(whole)
+
+
+def test_shards_write_together_what_one_run_writes(tiny_gpt2, whole, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
+    out = tmp_path / "shards"
+    assert td.sweep(tiny_gpt2, PROMPTS, out, shard="auto", **OPTIONS).n_prompts == 4
+    assert td.sweep(tiny_gpt2, PROMPTS, out, shard="0/2", **OPTIONS).n_prompts == 6
+    assert files(out) == files(whole)
+
+
+def test_a_limit_may_be_raised(tiny_gpt2, whole, tmp_path):
+    out = tmp_path / "limited"
+    assert td.sweep(tiny_gpt2, PROMPTS, out, limit=6, **OPTIONS).n_made == 6
+    assert len(td.read_sweep(out)) == 6
+    assert td.sweep(tiny_gpt2, PROMPTS, out, **OPTIONS).n_made == 6  # the part of 2 is made anew, and one of 2 new
+    assert files(out) == files(whole)
+    assert td.sweep(tiny_gpt2, PROMPTS, out, limit=6, **OPTIONS).n_made == 0
+
+
+def test_a_killed_run_loses_the_part_in_flight_at_most(tiny_gpt2, whole, tmp_path):
+    """SIGKILL at 20 random moments, then a run to the end: the files are those of a run that nothing stopped."""
+    out, seen, random_ = tmp_path / "killed", set[str](), random.Random(0)
+    began = time.monotonic()
+    td.sweep(tiny_gpt2, PROMPTS, tmp_path / "timed", **OPTIONS)
+    usual = time.monotonic() - began
+    for number in range(20):
+        if number % 5 == 0:
+            shutil.rmtree(out, ignore_errors=True)
+            seen = set()
+        child = os.fork()
+        if not child:
+            try:
+                td.sweep(tiny_gpt2, PROMPTS, out, **OPTIONS)
+            finally:
+                os._exit(0)
+        time.sleep(random_.uniform(0, 1.2) * usual)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        now = {name for name in files(out) if name.startswith("prompts/part-")} if out.exists() else set()
+        assert seen <= now  # what was finished stays
+        seen = now
+        for name, content in files(out).items() if out.exists() else ():
+            if not Path(name).name.startswith("."):
+                assert content == files(whole)[name]
+    td.sweep(tiny_gpt2, PROMPTS, out, **OPTIONS)
+    assert files(out) == files(whole)
+
+
+@pytest.mark.parametrize("how", ["cut", "spoilt", "gone", "of another sweep"])
+@pytest.mark.parametrize("table", [*TABLES])
+def test_a_damaged_part_is_made_anew(how, table, tiny_gpt2, whole, tmp_path):
+    out = tmp_path / "sweep"
+    shutil.copytree(whole, out)
+    part = out / table / "part-00001.parquet"
+    content = part.read_bytes()
+    if how == "gone":
+        part.unlink()
+    elif how == "cut":
+        part.write_bytes(content[: len(content) // 2])
+    elif how == "spoilt":
+        part.write_bytes(content[:200] + bytes([content[200] ^ 255]) + content[201:])
+    else:
+        td.sweep(tiny_gpt2, PROMPTS, tmp_path / "other", **{**OPTIONS, "seed": 1})
+        part.write_bytes((tmp_path / "other" / table / "part-00001.parquet").read_bytes())
+    if how != "gone" or table != "prompts":
+        with pytest.raises(ValueError, match="Run the sweep again"):
+            td.read_sweep(out, table)
+    assert td.sweep(tiny_gpt2, PROMPTS, out, **OPTIONS).n_made == 4
+    assert files(out) == files(whole)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"method": "flow"}, r"options\.method = null, got \"flow\""),
+        ({"seed": 7}, "options.seed = 0, got 7"),
+        ({"part_size": 5}, "part_size = 4, got 5"),
+        ({"threads": 2}, "threads = 1, got 2"),
+        ({"curves": True}, "curves = false, got true"),
+    ],
+)
+def test_changed_options_are_refused_by_name(changed, named, tiny_gpt2, whole):
+    before = files(whole)
+    with pytest.raises(ValueError, match=named):
+        td.sweep(tiny_gpt2, PROMPTS, whole, **{**OPTIONS, **changed})
+    assert files(whole) == before
+
+
+def test_other_prompts_or_another_model_are_refused(tiny_gpt2, tiny_llama, whole):
+    with pytest.raises(ValueError, match=r"holds a sweep with prompts\.sources"):
+        td.sweep(tiny_gpt2, drawn(10, seed=1), whole, **OPTIONS)
+    with pytest.raises(ValueError, match="holds a sweep with model"):
+        td.sweep(tiny_llama, PROMPTS, whole, **OPTIONS)
+    with pytest.raises(ValueError, match="must be new without `resume`"):
+        td.sweep(tiny_gpt2, PROMPTS, whole, resume=False, **OPTIONS)
+
+
+def test_a_folder_of_something_else_is_left_alone(tiny_gpt2, tmp_path):
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(ValueError, match="must be empty, new, or the folder of a sweep"):
+        td.sweep(tiny_gpt2, PROMPTS, tmp_path, **OPTIONS)
+    with pytest.raises(ValueError, match="which is a file"):
+        td.sweep(tiny_gpt2, PROMPTS, tmp_path / "letter.txt", **OPTIONS)
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_wrong_options_are_refused_before_anything_is_written(tiny_gpt2, tmp_path):
+    out = tmp_path / "sweep"
+    for wrong, words in (
+        ({"metric": "nonsense"}, "`metric` must be one of"),
+        ({"limit": 0}, "`limit` must be at least 1"),
+        ({"shard": "2/2"}, "`shard` must be from 0/2 to 1/2"),
+        ({"shard": "some"}, "`shard` must be like"),
+        ({"workers": 2}, "`model` must be a name or a folder"),
+        ({"engine": "ray"}, "`model` must be a name or a folder"),
+        ({"circuits": 1.5}, "`circuits` must be faithfulnesses"),
+        ({"loading": {"device": "cpu"}}, "`loading` must be left out"),
+        ({"context_words": 1000}, "too short to be cut"),
+    ):
+        given = ["one two three"] if "context_words" in wrong else PROMPTS
+        with pytest.raises(ValueError, match=words):
+            td.sweep(tiny_gpt2, given, out, **{**OPTIONS, **wrong})
+        assert not (out / "prompts").exists()
+        shutil.rmtree(out, ignore_errors=True)
+    with pytest.raises(TypeError, match="no option 'sizes'"):
+        td.sweep(tiny_gpt2, PROMPTS, out, sizes=(1, 2))
+
+
+def test_a_bad_prompt_is_a_row_with_its_error(tiny_gpt2, tmp_path):
+    given = [PROMPTS[0], [999], [], "text without a tokenizer", list(range(VOCABULARY)) * 3, PROMPTS[1]]
+    done = td.sweep(tiny_gpt2, given, tmp_path / "sweep", **{**OPTIONS, "part_size": 8})
+    table = done.table()
+    assert (done.n_prompts, done.n_errors) == (6, 4)
+    assert table["error"].notna().tolist() == [False, True, True, True, True, False]
+    for number, words in (
+        (1, "token ids from 0 to"),
+        (2, "at least one token"),
+        (3, "no tokenizer"),
+        (4, "fit the context"),
+    ):
+        assert words in table["error"][number]
+    assert set(done.table("points")["index"]) == {0, 5}
+    alone = td.density(tiny_gpt2, PROMPTS[1], thresholds=(0.5, 0.9))
+    assert table["auc"][5] == pytest.approx(alone.auc, abs=1e-5)
+
+
+def test_a_value_that_is_not_finite_is_the_error_of_its_prompt_only(tiny_gpt2, tmp_path):
+    """A hook of the user's spoils what follows one token."""
+
+    def spoil(value: torch.Tensor, hook: object) -> torch.Tensor:
+        return value.masked_fill((value == spoilt).all(-1, keepdim=True), torch.nan)
+
+    spoilt = tiny_gpt2.W_E[7].detach()
+    prompts = [[1, 2, 3], [1, 7, 3], [4, 5]]
+    with tiny_gpt2.hooks(fwd_hooks=[("hook_embed", spoil)]):
+        table = td.sweep(tiny_gpt2, prompts, tmp_path / "sweep", **OPTIONS).table()
+    assert table["error"].notna().tolist() == [False, True, False]
+    assert "NaN" in table["error"][1] or "finite" in table["error"][1]
+
+
+def test_curves_and_circuits_are_written_on_request(tiny_gpt2, tmp_path):
+    out = tmp_path / "sweep"
+    td.sweep(tiny_gpt2, PROMPTS[:3], out, curves=True, circuits=0.5, **OPTIONS)
+    table = td.read_sweep(out)
+    for number, prompt in enumerate(PROMPTS[:3]):
+        curve = td.load(out / "curves" / f"{number:07d}.safetensors")
+        assert isinstance(curve, td.DensityCurve)
+        assert curve.auc == pytest.approx(table["auc"][number])
+        assert curve.provenance.token_ids == tuple(prompt)
+        circuit = td.load(out / "circuits" / f"{number:07d}-0.5.safetensors")
+        assert isinstance(circuit, td.Circuit)
+        assert circuit.verify(tiny_gpt2).faithfulness >= 0.5
+
+
+@pytest.mark.parametrize("options", [{"graph": "component"}, {"method": "best"}, {"method": "eap", "ablation": "mean"}])
+def test_other_graphs_and_methods_are_swept_as_well(options, tiny_gpt2, tmp_path):
+    table = td.sweep(tiny_gpt2, PROMPTS[:2], tmp_path / "sweep", **{**OPTIONS, **options}).table()
+    for number, prompt in enumerate(PROMPTS[:2]):
+        curve = td.density(tiny_gpt2, prompt, thresholds=(0.5, 0.9), **options)
+        assert table["sizes"][number].tolist() == curve.sizes.tolist()
+        assert table["auc"][number] == pytest.approx(curve.auc, abs=1e-5)
+
+
+def test_targets_and_rarities(tmp_path):
+    model = td.load_model()
+    text = "Once upon a time there was a little girl who lived in a small house near the wood."
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("the cat and the dog\nthe end\n")
+    counts = td.study.count_tokens(model, corpus)
+    the = model.to_single_token(" the")
+    n, v = int(counts.of_token.sum()), len(counts.of_token)
+    assert counts.of_token[the] == 1  # the others begin their lines, and have no space before them
+    done = td.sweep(
+        model, [{"prompt": text, "target": " the"}, {"prompt": text, "target": the}, text], tmp_path / "sweep",
+        counts=counts, baselines=False, thresholds=(0.5,), progress=False,
+    )  # fmt: skip
+    table = done.table()
+    assert table["target"].tolist()[:2] == [the, the] and pd.isna(table["target"][2])
+    assert table["rarity_target"][0] == pytest.approx(-np.log10((1 + 1) / (n + v)))
+    probability = model(text)[0, -1].double().softmax(-1).detach().numpy()
+    unigram = (counts.of_token + 1) / (n + v)
+    assert table["surprisal"][0] == pytest.approx(-np.log(probability[the]), abs=1e-4)
+    assert table["rarity_expected"][0] == pytest.approx(-(probability * np.log10(unigram)).sum(), abs=1e-4)
+    kl = (probability * (np.log(probability) - np.log(unigram))).sum()
+    assert table["kl_unigram"][0] == pytest.approx(kl, abs=1e-4)
+    last = done.table("points").query("index == 0 and share == 1.0").iloc[0]
+    assert last["unigram_tv"] == pytest.approx(np.abs(probability - unigram).sum() / 2, abs=1e-4)
+    assert table["text"].tolist() == [text] * 3 and table["text_hash"].nunique() == 1
+
+
+def test_several_processes_write_what_one_writes(tmp_path):
+    prompts = [f"Once upon a time there were {each}" for each in ("two", "three little", "many of the old")]
+    options = {"part_size": 2, "thresholds": (0.5,), "baselines": False, "progress": False}
+    td.sweep("books-gpt2", prompts, tmp_path / "one", workers=1, **options)
+    td.sweep("books-gpt2", prompts, tmp_path / "two", workers=2, **options)
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(tiny_gpt2, whole, tmp_path):
+    out = tmp_path / "small"
+    out.mkdir()
+    size = sum(map(len, files(whole).values()))
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={max(4096 * 8, size // 2)}", "tmpfs", str(out)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small disk cannot be made here")
+    try:
+        with pytest.raises(OSError, match="make room and run the same again"):
+            td.sweep(tiny_gpt2, PROMPTS, out / "sweep", **OPTIONS)
+        assert not list((out / "sweep").rglob(".*"))
+        kept = {name for name in files(out / "sweep") if name.startswith("prompts/")}
+        assert all(files(whole)[name] == (out / "sweep" / name).read_bytes() for name in kept)
+        subprocess.run(["mount", "-o", f"remount,size={8 * size}", str(out)], check=True)
+        td.sweep(tiny_gpt2, PROMPTS, out / "sweep", **OPTIONS)
+        assert files(out / "sweep") == files(whole)
+    finally:
+        subprocess.run(["umount", str(out)], check=False)
+
+
+def test_what_cannot_be_written_leaves_no_trace(tiny_gpt2, whole, tmp_path, monkeypatch):
+    out, written = tmp_path / "sweep", []
+
+    def write(self: Folder, name: str, content: bytes) -> None:
+        if len(written) == 3:
+            raise OSError(28, "No space left on device", name)
+        written.append(name)
+        usual(self, name, content)
+
+    usual = Folder.write
+    monkeypatch.setattr(Folder, "write", write)
+    with pytest.raises(OSError, match="No space"):
+        td.sweep(tiny_gpt2, PROMPTS, out, **OPTIONS)
+    monkeypatch.setattr(Folder, "write", usual)
+    td.sweep(tiny_gpt2, PROMPTS, out, **OPTIONS)
+    assert files(out) == files(whole)
+
+
+def test_the_manifest_says_what_was_done(whole):
+    about = json.loads((whole / "sweep.json").read_text())
+    assert about["options"]["thresholds"] == [0.5, 0.9]
+    assert about["components"][:2] == ["a0.h0", "a0.h1"]
+    assert td.read_sweep(whole).attrs["sweep"] == about
+
+
+def test_what_is_no_sweep_is_refused(tmp_path, whole):
+    with pytest.raises(ValueError, match="must be the folder of a sweep"):
+        td.read_sweep(tmp_path)
+    with pytest.raises(ValueError, match="`table` must be one of"):
+        td.read_sweep(whole, "rows")
+    (tmp_path / "sweep.json").write_text('{"schema": 0}')
+    with pytest.raises(ValueError, match="columns of version 1, got version 0"):
+        td.read_sweep(tmp_path)
+    (tmp_path / "sweep.json").write_text('{"schema": 1}')
+    with pytest.raises(ValueError, match="no part is finished"):
+        td.read_sweep(tmp_path)
+
+
+def test_the_model_and_its_threads_come_back_as_they_were(tiny_gpt2, tmp_path):
+    before = torch.get_num_threads(), {name: value.clone() for name, value in tiny_gpt2.state_dict().items()}
+    td.sweep(tiny_gpt2, PROMPTS[:2], tmp_path / "sweep", **OPTIONS)
+    assert torch.get_num_threads() == before[0]
+    assert all(value.equal(before[1][name]) for name, value in tiny_gpt2.state_dict().items())
+    assert not any(point.fwd_hooks for point in tiny_gpt2.hook_dict.values())
+
+
+def test_workers_that_load_another_model_say_so():
+    from tracedensity.study.work import Work, density_options
+
+    work = Work("books-gpt2", "another", {}, density_options({}), "sweep")
+    with pytest.raises(ValueError, match="must be the same for all workers"):
+        _ = Worker(work).model
