@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import statsmodels.api as sm
 from scipy.stats import kstest, rankdata, spearmanr
+from statsmodels.stats.multitest import multipletests
 
 from tracedensity.study.statistics import (
     Pair,
@@ -138,6 +139,12 @@ def test_neighbouring_lengths_share_a_stratum_where_there_are_few_of_one():
     length = np.array([5.0] * 20 + [6.0] * 3 + [7.0] * 18 + [9.0] * 4)
     assert strata_of(length).tolist() == [0] * 20 + [1] * 25
     assert strata_of(np.array([4.0, 8.0])).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_holm_is_that_of_statsmodels(seed):
+    p = np.random.default_rng(seed).random(20) ** 3
+    np.testing.assert_allclose(holm(p), multipletests(p, method="holm")[1])
 
 
 def test_holm_by_hand():

@@ -1,6 +1,6 @@
 """Shapley values: which covariates a regression of density draws on."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations
 from math import factorial
@@ -135,39 +135,37 @@ def shap_values(
         raise ValueError("`table` must be of at least two documents, of which one can be predicted from the others.")
     x = np.stack([*columns.values()], axis=1)
     fitting = _Fitting(x, y, document, min(n_folds, n_documents), _REGRESSORS[regressor], seed)
-    r2 = fitting.r2(y)
-    stratum = strata_of(known["n_tokens"].to_numpy(float))
-    orders = np.concatenate([*exchanged(stratum, n_null, seed)]) if n_null else np.empty((0, len(y)), dtype=np.int64)
-    null_r2 = [fitting.r2(y[order]) for order in orders]
+    names = [*columns]
+    joined, of_column = _joined(names)
+
+    def by_covariate(phi: Float[np.ndarray, "row column"]) -> Float[np.ndarray, "row joined"]:
+        return np.stack([phi[:, of_column == number].sum(1) for number in range(len(joined))], axis=1)
+
+    own = fitting.explained(y)
+    r2, values = own.r2, by_covariate(own.phi)
+    null_r2, largest = [], []
+    for orders in exchanged(strata_of(known["n_tokens"].to_numpy(float)), n_null, seed):
+        for order in orders:
+            by_chance = fitting.explained(y[order])
+            null_r2.append(by_chance.r2)
+            largest.append(np.abs(by_covariate(by_chance.phi)).mean(0).max())
     limit = float(np.quantile(null_r2, 0.95)) if null_r2 else 0.0
     if not r2 > max(limit, 0.0):
         raise ValueError(
             f"`table` must let density be predicted: R2 out of fold is {r2:.3f}, and {limit:.3f} would be chance. "
             "There is nothing to explain."
         )
-    names = [*columns]
-    phi, additivity = fitting.explained(y)
-    joined, of_column = _joined(names)
-    values = np.stack([phi[:, of_column == number].sum(1) for number in range(len(joined))], axis=1)
-
-    def means(values: Float[np.ndarray, "row column"]) -> Float[np.ndarray, " joined"]:
-        return np.abs(values).mean(0)
-
-    largest = []
-    for order in orders:
-        shuffled = fitting.explained(y[order])[0]
-        largest.append(max(np.abs(shuffled[:, of_column == number].sum(1)).mean() for number in range(len(joined))))
     null = float(np.quantile(largest, 0.95)) if largest else np.nan
-    again = np.array([means(values[rows]) for rows in resampled(document, n_bootstrap, seed)])
+    again = np.array([np.abs(values[rows]).mean(0) for rows in resampled(document, n_bootstrap, seed)])
     bounds = [interval(column) for column in again.T] if len(again) else [(np.nan, np.nan)] * len(joined)
     rows = []
     for number, name in enumerate(joined):
-        own = np.flatnonzero(of_column == number)
-        mean = float(means(values)[number])
+        members = np.flatnonzero(of_column == number)
+        mean = float(np.abs(values[:, number]).mean())
         rows.append({
             "covariate": name, "mean_abs": mean, "low": bounds[number][0], "high": bounds[number][1], "null": null,
-            "counts": bool(mean > null), "permutation": fitting.permuted(y, own),
-            "drop": r2 - fitting.without(own).r2(y),
+            "counts": bool(mean > null), "permutation": fitting.permuted(y, members),
+            "drop": r2 - fitting.without(members).r2(y),
         })  # fmt: skip
     made: Any = DataFrame(rows)
     groups = _grouped(fitting, y, names)
@@ -176,7 +174,7 @@ def shap_values(
         made.sort_values("mean_abs", ascending=False, ignore_index=True), groups, DataFrame(values, columns=joined),
         DataFrame(shown, columns=joined), r2, limit,
         _Fitting(x, y, document, min(n_folds, n_documents), _ridge, seed).r2(y),
-        additivity, outcome, dropped, n_documents,
+        own.gap, outcome, dropped, n_documents,
     )  # fmt: skip
 
 
@@ -200,22 +198,23 @@ class _Fitting:
         x = np.delete(self.x, columns, axis=1)
         return _Fitting(x, self.y, self.document, self.n_folds, self.make, self.seed)
 
-    def r2(self, y: Float[np.ndarray, " row"]) -> float:
-        """R2 of all predictions out of fold; without columns those of the mean of the other folds."""
-        predicted = np.empty_like(y)
+    def fits(self, y: Float[np.ndarray, " row"]) -> Iterator[tuple[Any, Any, Any]]:
+        """For each fold, which rows it was fitted on, which not, and the regression."""
         for train, test in self.folds():
-            if not self.x.shape[1]:
-                predicted[test] = y[train].mean()
-            else:
-                predicted[test] = self.make(self.seed).fit(self.x[train], y[train]).predict(self.x[test])
+            yield train, test, self.make(self.seed).fit(self.x[train], y[train])
+
+    def r2(self, y: Float[np.ndarray, " row"]) -> float:
+        """R2 of all predictions out of fold."""
+        predicted = np.empty_like(y)
+        for _, test, fitted in self.fits(y):
+            predicted[test] = fitted.predict(self.x[test])
         return r2_of(y, predicted)
 
     def permuted(self, y: Float[np.ndarray, " row"], columns: Int[np.ndarray, " some"], n: int = 5) -> float:
         """What R2 out of fold loses, on average, if some columns are exchanged together."""
         generator = np.random.default_rng(self.seed)
         predicted, spoilt = np.empty_like(y), np.empty((n, len(y)))
-        for train, test in self.folds():
-            fitted = self.make(self.seed).fit(self.x[train], y[train])
+        for _, test, fitted in self.fits(y):
             predicted[test] = fitted.predict(self.x[test])
             for draw in range(n):
                 mixed = self.x[test].copy()
@@ -223,26 +222,34 @@ class _Fitting:
                 spoilt[draw, test] = fitted.predict(mixed)
         return r2_of(y, predicted) - float(np.mean([r2_of(y, each) for each in spoilt]))
 
-    def explained(self, y: Float[np.ndarray, " row"]) -> tuple[Float[np.ndarray, "row column"], float]:
-        """Shapley values out of fold, and how far their sums are from predictions at most."""
+    def explained(self, y: Float[np.ndarray, " row"]) -> "_Explained":
+        """Shapley values out of fold."""
         shap = extra("shap", "study", "Shapley values")
-        phi, worst = np.empty(self.x.shape), 0.0
-        for train, test in self.folds():
-            fitted = self.make(self.seed).fit(self.x[train], y[train])
+        phi, worst, predicted = np.empty(self.x.shape), 0.0, np.empty_like(y)
+        for train, test, fitted in self.fits(y):
+            predicted[test] = fitted.predict(self.x[test])
             if hasattr(fitted, "estimators_"):
                 explainer = shap.TreeExplainer(fitted, feature_perturbation="tree_path_dependent")
-                found, base, inputs = explainer.shap_values(self.x[test]), explainer.expected_value, self.x[test]
+                found, base = explainer.shap_values(self.x[test]), explainer.expected_value
             else:
                 scale = fitted[:-1]
                 background = shap.maskers.Independent(scale.transform(self.x[train]), max_samples=len(train))
-                explainer, inputs = shap.LinearExplainer(fitted[-1], background), self.x[test]
-                found, base = explainer.shap_values(scale.transform(inputs)), explainer.expected_value
+                explainer = shap.LinearExplainer(fitted[-1], background)
+                found, base = explainer.shap_values(scale.transform(self.x[test])), explainer.expected_value
             phi[test] = found
-            gap = np.abs(found.sum(1) + float(np.ravel(base)[0]) - fitted.predict(inputs)).max()
-            worst = max(worst, float(gap))
+            worst = max(worst, float(np.abs(found.sum(1) + float(np.ravel(base)[0]) - predicted[test]).max()))
         if worst > 1e-5 * max(1.0, float(np.abs(y).max())):
             raise ValueError(f"Shapley values must add up to predictions, got a difference of {worst:.2g}: a bug.")
-        return phi, worst
+        return _Explained(phi, worst, r2_of(y, predicted))
+
+
+@dataclass(frozen=True, eq=False)
+class _Explained:
+    """Shapley values out of fold, how far their sums are from predictions at most, and R2 of these."""
+
+    phi: Float[np.ndarray, "row column"]
+    gap: float
+    r2: float
 
 
 def _boosting(seed: int) -> Any:
@@ -256,7 +263,8 @@ def _ridge(seed: int) -> Any:
     pipeline = extra("sklearn.pipeline", "study", "Shapley values")
     linear = extra("sklearn.linear_model", "study", "Shapley values")
     scaling = extra("sklearn.preprocessing", "study", "Shapley values")
-    return pipeline.make_pipeline(scaling.StandardScaler(), linear.RidgeCV(np.logspace(-2, 4, 13)))
+    # a penalty that is the same whatever is predicted: one that was chosen would hide what chance gives
+    return pipeline.make_pipeline(scaling.StandardScaler(), linear.Ridge(alpha=10.0))
 
 
 _REGRESSORS: Mapping[str, Callable[[int], Any]] = {"boosting": _boosting, "ridge": _ridge}
@@ -297,7 +305,7 @@ def _grouped(fitting: _Fitting, y: Float[np.ndarray, " row"], names: Sequence[st
     subsets = chain.from_iterable(combinations(groups, count) for count in range(len(groups) + 1))
     for subset in map(frozenset, subsets):
         left_out = [i for group in groups if group not in subset for i in members[group]]
-        worth[subset] = fitting.without(left_out).r2(y)
+        worth[subset] = fitting.without(left_out).r2(y) if subset else 0.0
     n, rows = len(groups), []
     for group in groups:
         total = 0.0

@@ -238,10 +238,9 @@ def strata_of(length: Float[np.ndarray, " row"], least: int = 20) -> Int[np.ndar
 
 def holm(p: Float[np.ndarray, " test"]) -> Float[np.ndarray, " test"]:
     """Correct p values for the number of tests, by Holm's method; NaN are no tests."""
-    corrected, known = np.full(len(p), np.nan), np.isfinite(p)
-    if known.any():
-        multitest = extra("statsmodels.stats.multitest", "study", "statistics")
-        corrected[known] = multitest.multipletests(p[known], method="holm")[1]
+    order = np.argsort(p)[: int(np.isfinite(p).sum())]  # NaN come last
+    corrected = np.full(len(p), np.nan)
+    corrected[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)), 1.0)
     return corrected
 
 

@@ -1,0 +1,414 @@
+"""What density goes with, on tables of which the answer is known, and against nulls."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from planted import N_EDGES, curve, planted
+from scipy.stats import kstest, spearmanr
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import GroupKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import tracedensity as td
+from tracedensity.study.comparison import half_areas
+from tracedensity.study.counts import Counts
+from tracedensity.study.covariates import NUMERIC, OUTCOMES, outcome_of, with_covariates
+from tracedensity.study.knees import bisected, knee, segments
+from tracedensity.study.statistics import codes
+
+FEW: dict[str, Any] = {"n_bootstrap": 50, "n_permutations": 200}
+
+
+def by_rarity(covariates: Any, generator: np.random.Generator) -> np.ndarray:
+    """Density that depends on the rarity of the target alone."""
+    return 0.4 * (covariates["rarity_target"] - 2.5) - 1.5 + generator.normal(0, 0.2, len(covariates["entropy"]))
+
+
+# -- covariates --------------------------------------------------------------------------------------
+
+
+def test_covariates_of_texts_and_tokens_by_hand():
+    table = planted(2)
+    table["text"] = ["the cat the dog", "a b c"]
+    table["tokens"] = [[1, 2, 3, 1, 2], [1, 2, 3]]
+    found = with_covariates(table)
+    assert found["repetition"].tolist() == pytest.approx([2 / 5, 0])
+    assert found["seen_bigram"].tolist() == [1, 0]
+    assert found["word_length"].tolist() == [3, 1]
+    assert found["type_token_ratio"].tolist() == [0.75, 1]
+    assert found["gzip_ratio"][0] > 0
+
+
+def test_sizes_are_counted_in_four_ways():
+    table = planted(3)
+    size = 10 ** outcome_of(table, "size", 0.9)
+    heights = [np.array(each) for each in table["faithfulness"]]
+    assert size.tolist() == pytest.approx(
+        [sizes[int(np.argmax(each >= 0.9))] for sizes, each in zip(table["sizes"], heights, strict=True)]
+    )
+    np.testing.assert_allclose(10 ** outcome_of(table, "fraction"), size / N_EDGES)
+    np.testing.assert_allclose(10 ** outcome_of(table, "per_token"), size / table["n_tokens"])
+    shares = [np.mean(np.array(each) <= own) for each, own in zip(table["entered"], size, strict=True)]
+    np.testing.assert_allclose(10 ** outcome_of(table, "component_share"), shares)
+    assert outcome_of(table, "auc").tolist() == table["auc"].tolist()
+    with pytest.raises(ValueError, match="`outcome` must be one of"):
+        outcome_of(table, "nonsense")
+
+
+def test_rarities_can_be_had_afterwards_from_counts_and_the_model():
+    model = td.load_model()
+    counts = Counts(np.random.default_rng(0).integers(0, 100, 4096), "drawn")
+    table = planted(3)
+    table["tokens"] = [[0, 5, 6], [0, 7], [0, 8, 9, 10]]
+    table["target"], table["top_token"] = [3.0, np.nan, 4.0], [1, 2, 3]
+    table[["rarity_target", "rarity_top", "rarity_expected", "kl_unigram"]] = np.nan
+    found = with_covariates(table, counts=counts, model=model)
+    assert found["rarity_top"].tolist() == pytest.approx((-counts.log10[[1, 2, 3]]).tolist())
+    assert found["rarity_target"][0] == pytest.approx(-counts.log10[3]) and np.isnan(found["rarity_target"][1])
+    import torch
+
+    for number, tokens in enumerate(table["tokens"]):
+        probability = model(torch.tensor([tokens]))[0, -1].double().softmax(-1).detach().numpy()
+        assert found["rarity_expected"][number] == pytest.approx(-(probability * counts.log10).sum(), abs=1e-4)
+        kl = (probability * (np.log(probability) - counts.log10 * np.log(10))).sum()
+        assert found["kl_unigram"][number] == pytest.approx(kl, abs=1e-3)
+    with pytest.raises(ValueError, match="tokens of this sweep"):
+        with_covariates(table, counts=Counts(np.ones(2, dtype=np.int64), "few"))
+
+
+# -- factors -----------------------------------------------------------------------------------------
+
+
+def test_the_cause_that_was_planted_is_found_and_others_are_not():
+    found = td.study.factors(planted(density=by_rarity), outcomes=("auc", "size"), **FEW)
+    table = found.table.set_index(["outcome", "covariate"])
+    row = table.loc[("auc", "rarity_target")]
+    assert row["rho"] > 0.7 and row["low"] > 0.5 and row["partial_rho"] > 0.7
+    assert row["p"] == pytest.approx(1 / 201)
+    others = table.drop(index="rarity_target", level="covariate")
+    assert (others["p_holm"].dropna() > 0.05).all()
+    assert (table["rho"] > table["low"]).sum() and (table["rho"] < table["high"]).sum()
+
+
+def test_correlations_are_those_of_scipy_whatever_the_outcome():
+    table = planted(60)
+    found = td.study.factors(table, **FEW).table
+    for _, row in found[found["rho"].notna()].iterrows():
+        known = with_covariates(table)
+        x, y = known[row["covariate"]].to_numpy(float), outcome_of(table, row["outcome"])
+        assert row["rho"] == pytest.approx(spearmanr(x, y).statistic, abs=1e-9)
+    assert set(found["outcome"]) == set(OUTCOMES)
+
+
+def test_domains_are_columns_of_their_own():
+    table = planted(80, density=lambda covariates, generator: generator.normal(-1.5, 0.4, 80))
+    table["domain"] = np.where(np.arange(80) % 2, "prose", "code")
+    found = td.study.factors(table, outcomes=("auc",), **FEW).table
+    rho = found.set_index("covariate")["rho"]
+    assert rho["domain=code"] == pytest.approx(-rho["domain=prose"])
+    assert "domain=code" in set(found["covariate"]) and "domain" not in set(NUMERIC)
+
+
+def test_without_rarity_the_rest_is_still_asked():
+    table = planted(60)
+    table[["rarity_target", "rarity_top", "rarity_expected", "kl_unigram"]] = np.nan
+    found = td.study.factors(table, outcomes=("auc",), **FEW)
+    assert found.controls == ("entropy", "n_tokens")
+    assert "rarity_top" not in set(found.table["covariate"])
+
+
+def test_prompts_with_an_error_are_left_out():
+    table = planted(60)
+    table.loc[:9, "error"] = "too long"
+    assert td.study.factors(table, outcomes=("auc",), **FEW).table["n"].max() == 50
+    table["error"] = "too long"
+    with pytest.raises(ValueError, match="must have prompts with numbers"):
+        td.study.factors(table)
+    with pytest.raises(ValueError, match="must be the prompts of a sweep"):
+        td.study.factors(pd.DataFrame({"a": [1]}))
+
+
+def test_p_of_factors_is_uniform_on_shuffled_data():
+    found, table = [], planted(24, per_document=1)
+    for seed in range(200):
+        table["auc"] = np.random.default_rng(seed).permutation(table["auc"])
+        options = {"n_bootstrap": 0, "n_permutations": 99, "seed": seed}
+        rows = td.study.factors(table, outcomes=("auc",), controls=("entropy",), **options).table
+        found.append(rows.set_index("covariate").loc["rarity_top", ["p", "partial_p"]].to_numpy(float))
+    for p in np.array(found).T:
+        assert kstest(p, "uniform").pvalue > 0.01
+
+
+# -- lengths -----------------------------------------------------------------------------------------
+
+
+def nested(slope: float, n: int = 40, seed: int = 0) -> pd.DataFrame:
+    """Contexts of 4, 8 and 16 tokens for each of `n` targets, whose log10 of size changes by `slope` per doubling."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for target in range(n):
+        own = generator.normal(-1.5, 0.3)
+        for place, length in enumerate((4, 8, 16)):
+            sizes, heights = curve(own + slope * place + generator.normal(0, 0.05))
+            rows.append({
+                "id": f"t{target}:{length}", "group": f"t{target}", "document": f"d{target // 4}", "error": None,
+                "n_tokens": length + 1, "sizes": sizes, "faithfulness": heights, "n_edges": N_EDGES,
+                "entered": [1], "auc": -np.log10(np.interp(0.5, heights, np.maximum(sizes, 1))),
+            })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_the_slope_that_was_planted_is_found():
+    found = td.study.lengths(nested(0.2), outcomes=("auc", "size", "per_token"), threshold=0.5, **FEW)
+    table = found.table.set_index("outcome")
+    assert table.loc["size", "slope"] == pytest.approx(0.2, abs=0.08)
+    assert table.loc["auc", "slope"] < 0 and table.loc["auc", "falls"] > 0.9
+    assert table.loc["size", "low"] <= table.loc["size", "slope"] <= table.loc["size", "high"]
+    assert table.loc["size", "p"] == pytest.approx(1 / 201)
+    # a token more or less changes the number of tokens by log10(length + 1), nearly
+    per_token = table.loc["size", "slope"] - np.polyfit([2, 3, 4], np.log10([5, 9, 17]), 1)[0]
+    assert table.loc["per_token", "slope"] == pytest.approx(per_token, abs=1e-9)
+    means = found.by_length.query("outcome == 'size'")
+    assert means["length"].tolist() == [4, 8, 16] and means["mean"].is_monotonic_increasing
+
+
+def test_p_of_lengths_is_uniform_where_length_does_nothing():
+    found, table = [], nested(0.0, 12)
+    own = table["auc"].to_numpy().reshape(12, 3)
+    for seed in range(200):
+        table["auc"] = np.random.default_rng(seed).permuted(own, axis=1).ravel()
+        options = {"n_bootstrap": 0, "n_permutations": 199, "seed": seed}
+        found.append(td.study.lengths(table, outcomes=("auc",), **options).table["p"][0])
+    assert kstest(found, "uniform").pvalue > 0.01
+
+
+def test_targets_that_lack_a_length_are_left_out():
+    table = nested(0.1, 6)
+    assert td.study.lengths(table.iloc[:-1], outcomes=("auc",), **FEW).table["n"][0] == 5
+    with pytest.raises(ValueError, match="several lengths"):
+        td.study.lengths(planted(5))
+
+
+# -- models ------------------------------------------------------------------------------------------
+
+
+def shared(noise: float, seed: int) -> pd.DataFrame:
+    """A model whose density is that of the others up to noise, and of nothing else."""
+    common = np.random.default_rng(99).normal(-1.5, 0.4, 150)
+    return planted(150, seed, density=lambda covariates, generator: common + noise * generator.normal(size=150))
+
+
+def test_models_that_share_a_cause_correlate_and_others_do_not():
+    tables = {"a": shared(0.1, 1), "b": shared(0.1, 2), "c": planted(150, 8)}
+    found = td.study.compare(tables, **FEW)
+    table = found.table.set_index(["a", "b"])
+    assert table.loc[("a", "b"), "rho"] > 0.8 and table.loc[("a", "b"), "low"] > 0.7
+    assert table.loc[("a", "b"), "p_holm"] < 0.05 < table.loc[("a", "c"), "p_holm"]
+    assert found.matrix.loc["a", "b"] == pytest.approx(spearmanr(tables["a"]["auc"], tables["b"]["auc"]).statistic)
+    apart = [found.matrix.loc[a, b] for a, b in (("a", "b"), ("a", "c"), ("b", "c"))]
+    assert found.mean == pytest.approx(np.mean(apart)) and found.low < found.mean < found.high
+    assert table.loc[("a", "b"), "true_low"] <= table.loc[("a", "b"), "true_high"]
+
+
+def test_what_entropy_explains_is_not_left_over():
+    common = np.random.default_rng(5).gamma(4, 1, 150)
+
+    def of(seed: int) -> pd.DataFrame:
+        table = planted(150, seed, density=lambda _, generator: 0.2 * common - 2.5 + 0.05 * generator.normal(size=150))
+        table["entropy"] = common
+        return table
+
+    row = td.study.compare({"a": of(1), "b": of(2)}, **FEW).table.iloc[0]
+    assert row["rho"] > 0.8 and abs(row["partial_rho"]) < 0.3 and row["partial_low"] < 0.2
+
+
+def test_inputs_are_matched_by_their_text_whatever_the_order_and_what_is_missing():
+    first, second = shared(0.1, 1), shared(0.1, 2)
+    straight = td.study.compare({"a": first, "b": second}, **FEW).table.iloc[0]
+    mixed = second.sample(frac=1, random_state=0)
+    assert td.study.compare({"a": first, "b": mixed}, **FEW).table.iloc[0]["rho"] == pytest.approx(straight["rho"])
+    fewer = td.study.compare({"a": first, "b": second.iloc[:100]}, **FEW).table.iloc[0]
+    assert fewer["n"] == 100
+
+
+def test_reliability_is_that_of_halves_of_a_curve_and_of_another_method():
+    tables, others = {"a": shared(0.1, 1), "b": shared(0.1, 2)}, {"a": shared(0.1, 3)}
+    found = td.study.compare(tables, others=others, **FEW).reliability.set_index("model")
+    expected = spearmanr(tables["a"]["auc"], others["a"]["auc"]).statistic
+    assert found.loc["a", "method"] == pytest.approx(expected) and np.isnan(found.loc["b", "method"])
+    halves = np.array([half_areas(*row) for row in zip(tables["a"]["sizes"], tables["a"]["faithfulness"], strict=True)])
+    assert found.loc["a", "halves"] == pytest.approx(spearmanr(*halves.T).statistic)
+    assert found.loc["a", "halves"] > 0.99  # the same ranking on neighbouring sizes
+
+
+def test_what_cannot_be_compared_is_refused():
+    with pytest.raises(ValueError, match="two or more"):
+        td.study.compare({"a": planted(5)})
+    with pytest.raises(ValueError, match="inputs in common"):
+        td.study.compare({"a": planted(5), "b": planted(5, text_seed=1)})
+    with pytest.raises(ValueError, match="`others` must be of models"):
+        td.study.compare({"a": planted(5), "b": planted(5)}, others={"c": planted(5)})
+
+
+def test_p_of_comparisons_is_uniform_for_models_that_share_nothing():
+    found, tables = [], {"a": planted(24), "b": planted(24, 1)}
+    for seed in range(200):
+        tables["b"]["auc"] = np.random.default_rng(seed).permutation(tables["b"]["auc"])
+        options = {"n_bootstrap": 0, "n_permutations": 99, "seed": seed}
+        found.append(td.study.compare(tables, **options).table["p"][0])
+    assert kstest(found, "uniform").pvalue > 0.01
+
+
+# -- knees -------------------------------------------------------------------------------------------
+
+
+X = np.linspace(-5, 0, 26)
+
+
+@pytest.mark.parametrize("bend", [-3.0, -1.2])
+def test_segments_find_a_planted_break_within_one_step(bend):
+    y = 0.9 - 0.6 * np.maximum(X - bend, 0) + np.random.default_rng(0).normal(0, 0.005, len(X))
+    found = segments(X, y, 2)
+    assert found.n_segments == 2
+    assert found.breaks[0] == pytest.approx(bend, abs=0.2)
+    assert found.bic[1] < found.bic[0]
+
+
+def test_a_straight_line_has_one_segment_and_the_criterion_is_that_of_the_formula():
+    noise = np.random.default_rng(1).normal(0, 0.01, (100, len(X)))
+    assert sum(segments(X, 1 + 0.1 * X + each, 2).n_segments == 1 for each in noise) > 70  # it favours too many
+    y = 1 + 0.1 * X + noise[0]
+    found = segments(X, y)
+    rss = np.square(y - np.polyval(np.polyfit(X, y, 1), X)).sum()
+    assert found.bic[0] == pytest.approx(len(X) * np.log(rss / len(X)) + 3 * np.log(len(X)))
+    exact = segments(X, 1 + 0.1 * X)
+    assert np.isfinite(exact.bic).all()
+
+
+def test_the_knee_behind_a_plateau_is_not_the_first_point():
+    """Kneedle by itself returns the first point of such a curve."""
+    from kneed import KneeLocator
+
+    y = np.where(X < -2, 1.0, np.exp(-3 * (X + 2)))
+    naive = KneeLocator(X, y, S=1.0, curve="convex", direction="decreasing").knee
+    found, note = knee(X, y)
+    assert found is not None and -2.2 < found < -0.8 and not note
+    assert naive is None or abs(naive - found) > 0.3 or naive == pytest.approx(found)
+
+
+def test_where_there_is_no_inner_knee_the_break_is_taken_and_said_so():
+    y = 1 / (1 + np.exp(8 * (X + 0.4)))  # falls at the very end
+    found, note = knee(X, y)
+    assert "straight pieces" in note
+    assert found is not None
+
+
+def test_thresholds_are_chosen_on_some_documents_and_tried_on_others():
+    table = planted(80)
+    found = td.study.thresholds(table, n_bootstrap=20)
+    assert found.held_out and found.table["n"].tolist() == [40, 40]
+    for choice in found.choices.values():
+        assert choice.share is not None and choice.low <= choice.high
+        assert choice.faithfulness == pytest.approx(
+            np.interp(np.log10(choice.share), np.log10(found.shares), found.faithfulness)
+        )
+    alone = td.study.thresholds(table, split=1.0, n_bootstrap=20)
+    assert not alone.held_out and "flatters" in str(alone)
+    with pytest.raises(ValueError, match="`split` must be"):
+        td.study.thresholds(table, split=0.0)
+
+
+def runs(heights: np.ndarray) -> tuple[Any, list[int]]:
+    seen: list[int] = []
+
+    def measure(sizes: Any) -> list[float]:
+        seen.extend(sizes)
+        return [float(heights[size]) for size in sizes]
+
+    return measure, seen
+
+
+@pytest.mark.parametrize("target", [0.1, 0.5, 0.95])
+def test_bisection_agrees_with_a_full_scan_where_faithfulness_grows(target):
+    heights = np.sort(np.random.default_rng(0).random(1000))
+    heights[-1] = 1.0
+    measure, seen = runs(heights)
+    found = bisected(measure, 999, target)
+    assert found.size == int(np.argmax(heights >= target))
+    assert not found.monotone_violation
+    assert found.n_runs == len(seen) == len(set(seen)) <= int(np.ceil(np.log2(1000))) + 1 + 5
+
+
+def test_bisection_flags_a_planted_violation_and_takes_what_stays():
+    heights = np.linspace(0, 1, 1000)
+    heights[705:725] = 0.1  # falls back just behind where 0.65 is reached
+    measure, _ = runs(heights)
+    found = bisected(measure, 999, 0.65, grid=range(0, 1000, 10))
+    assert found.monotone_violation
+    assert found.size == 730  # of the sizes that were run
+    first = bisected(runs(heights)[0], 999, 0.65, grid=range(0, 1000, 10), kind="first")
+    assert first.size == 650
+    with pytest.raises(ValueError, match="all edges reach"):
+        bisected(runs(heights * 0.5)[0], 999, 0.65)
+
+
+# -- Shapley values ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def explained() -> Any:
+    table = planted(160, density=by_rarity)
+    return td.study.shap_values(table, regressor="ridge", n_null=20, n_bootstrap=20)
+
+
+def test_the_planted_cause_is_first_and_counts(explained):
+    assert explained.table["covariate"][0] == "rarity_target"
+    assert explained.table["counts"][0] and not explained.table["counts"][1:].any()
+    assert explained.groups["group"][0] == "rarity"
+    assert explained.table["permutation"][0] > 0.5 and explained.table["drop"][0] > 0.3
+    assert abs(explained.table["drop"][1:]).max() < 0.1
+
+
+def test_groups_add_up_to_r2_which_is_that_of_scikit_learn(explained):
+    assert explained.groups["r2"].sum() == pytest.approx(explained.r2, abs=1e-9)
+    table = planted(160, density=by_rarity)
+    x = explained.covariates.to_numpy(float)
+    y = table["auc"].to_numpy(float)
+    model = make_pipeline(StandardScaler(), Ridge(alpha=10.0))
+    groups = codes(table["document"].to_numpy())
+    predicted = cross_val_predict(model, x, y, cv=GroupKFold(5), groups=groups)
+    assert explained.r2 == pytest.approx(1 - np.square(y - predicted).sum() / np.square(y - y.mean()).sum(), abs=1e-9)
+
+
+def test_values_add_up_to_predictions(explained):
+    assert explained.additivity < 1e-9
+    boosted = td.study.shap_values(planted(60, density=by_rarity), n_null=0, n_bootstrap=5, n_folds=2)
+    assert boosted.additivity < 1e-8
+    assert boosted.table["covariate"][0] == "rarity_target"
+
+
+def test_where_nothing_can_be_predicted_nothing_is_explained():
+    with pytest.raises(ValueError, match="nothing to explain"):
+        td.study.shap_values(planted(120), regressor="ridge", n_null=20)
+    with pytest.raises(ValueError, match="at least two documents"):
+        td.study.shap_values(planted(40, per_document=40), regressor="ridge")
+
+
+def test_covariates_that_say_the_same_are_one():
+    def cause(covariates: Any, generator: np.random.Generator) -> np.ndarray:
+        covariates["rarity_top"][:] = covariates["rarity_target"] * 2
+        return by_rarity(covariates, generator)
+
+    found = td.study.shap_values(planted(120, density=cause), regressor="ridge", n_null=5, n_bootstrap=5)
+    assert found.dropped == {"rarity_top": "rarity_target"}
+    assert "rarity_top" not in found.values.columns
+
+
+def test_levels_of_a_domain_are_one_value():
+    table = planted(160, density=by_rarity)
+    table["domain"] = np.where(np.arange(160) % 2, "prose", "code")
+    found = td.study.shap_values(table, regressor="ridge", n_null=5, n_bootstrap=5)
+    assert "domain" in set(found.table["covariate"]) and "domain=prose" not in set(found.table["covariate"])
