@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ from tracedensity.graph import Dropped, EdgeList, Rows, flatten, unflatten
 from tracedensity.model import Edit, Site, Transformer
 
 _NAME = re.compile(r"(?:a(\d+)\.h(\d+)@(\d+)->|m(\d+)(?:\.n(\d+))?@|r(\d+)\.(attn|mlp)@)(\d+)")
+
+_SMALL = 2**20
+"""Edges of a graph that is kept for other prompts of its length."""
 
 # Where the edges of a kind are added up.
 _SITES = {"mlp": "mlp_out", "neuron": "post", "resid_attn": "skip_attn", "resid_mlp": "skip_mlp"}
@@ -70,7 +73,8 @@ class TokenGraph:
             raise ValueError(f"`neurons` must be left out for {model.name}, which has no MLPs.")
         if neurons:
             model.W_out(0)  # raises where they cannot be told apart
-        return cls(model.n_layers, model.n_heads, n_pos, model.has_mlp, model.d_mlp if neurons else None)
+        graph = cls(model.n_layers, model.n_heads, n_pos, model.has_mlp, model.d_mlp if neurons else None)
+        return _kept(graph) if graph.n_edges < _SMALL else graph
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -287,6 +291,12 @@ class TokenGraph:
 
     def to_dict(self) -> dict[str, Any]:
         return {"graph": "token", **asdict(self)}
+
+
+@lru_cache(maxsize=2)
+def _kept(graph: TokenGraph) -> TokenGraph:
+    """The same graph as for the last prompt of this length, whose list of edges has been made."""
+    return graph
 
 
 def _patched(value: Tensor, absent: Tensor, instead: Tensor | None) -> Tensor:

@@ -214,13 +214,17 @@ def prediction_row(
 
 def curve_rows(curve: DensityCurve) -> dict[TableName, list[Row]]:
     """What is known of a prompt's circuits: one row of its own, one per threshold, one per size of the papers."""
+    entered = first_entries(curve)
+    known = curve.table().to_dict(orient="records")
+    sizes = paper_sizes(curve.n_edges).tolist()
+    counts, quarters = _made_of(curve, [*sizes, *(row["size"] for row in known)])
     prompt: Row = {
         "n_edges": curve.n_edges,
         "auc": curve.auc,
         "auc_of_edges": curve.auc_of_edges,
         "sizes": curve.sizes.tolist(),
         "faithfulness": curve.faithfulness.double().tolist(),
-        "entered": first_entries(curve).tolist(),
+        "entered": entered.tolist(),
         "passes": curve.passes if isinstance(curve, TightCurve) else 0,
         "graph": "token" if isinstance(curve.ranking.graph, TokenGraph) else "component",
         "method": curve.provenance.method,
@@ -230,13 +234,16 @@ def curve_rows(curve: DensityCurve) -> dict[TableName, list[Row]]:
         "seed": curve.provenance.seed,
     }
     if curve.random is not None and curve.inverse is not None:
-        sizes = curve.random.sizes
+        coarse = curve.random.sizes
         prompt |= {
-            "auc_random": area(sizes, curve.random.faithfulness),
-            "auc_inverse": area(sizes, curve.inverse.faithfulness),
-            "auc_coarse": area(sizes, curve.faithfulness[_point(curve, sizes)]),
+            "auc_random": area(coarse, curve.random.faithfulness),
+            "auc_inverse": area(coarse, curve.inverse.faithfulness),
+            "auc_coarse": area(coarse, curve.faithfulness[_point(curve, coarse)]),
         }
-    return {"prompts": [prompt], "thresholds": _threshold_rows(curve), "points": _point_rows(curve)}
+    points, thresholds = _point_rows(curve), _threshold_rows(curve, known, entered)
+    for row, of_parts, of_quarters in zip([*points, *thresholds], counts, quarters, strict=True):
+        row |= {"by_part": of_parts, "by_quarter": of_quarters}
+    return {"prompts": [prompt], "thresholds": thresholds, "points": points}
 
 
 def component_names(model: Transformer, graph: str) -> list[str]:
@@ -266,44 +273,41 @@ def area(sizes: Int[Tensor, " point"], faithfulness: Float[Tensor, " point"]) ->
     return float(torch.trapezoid(1 - faithfulness[some].double(), sizes[some].double().log10()))
 
 
-def _threshold_rows(curve: DensityCurve) -> list[Row]:
-    known = curve.table().to_dict(orient="records")
-    made_of = _made_of(curve, [row["size"] for row in known])
-    groups = by_component(curve.ranking.graph)
+def _threshold_rows(curve: DensityCurve, known: list[Row], entered: Int[Tensor, " component"]) -> list[Row]:
+    groups = by_component(curve.ranking.graph) if isinstance(curve, TightCurve) else None
     rows = []
-    for number, row in enumerate(known):
-        n_components = int((groups.total(curve.circuit(size=row["size"]).kept)[0] > 0).sum())
+    for row in known:
+        if groups is None:
+            n_components = int((entered <= row["size"]).sum())
+        else:  # its circuits do not hold one another
+            n_components = int((groups.total(curve.circuit(size=row["size"]).kept)[0] > 0).sum())
         rows.append({
             **{name: row[name] for name in ("threshold", "size", "stable_size", "fraction", "stable_fraction")},
             "per_token": row["size"] / len(curve.provenance.token_ids),
             "n_components": n_components,
-            "component_share": n_components / len(groups.columns),
+            "component_share": n_components / len(entered),
             "faithfulness": row["faithfulness"],
-            "by_part": made_of.counts.sum(1)[number].tolist(),
-            "by_quarter": made_of.by_quarter[number].tolist(),
         })  # fmt: skip
     return rows
 
 
 def _point_rows(curve: DensityCurve) -> list[Row]:
     sizes = paper_sizes(curve.n_edges)
-    made_of = _made_of(curve, sizes.tolist())
     points = _point(curve, sizes).tolist()
-    also = curve.published.also if isinstance(curve, TightCurve) else curve.also
-    where = _point(curve.published if isinstance(curve, TightCurve) else curve, sizes).tolist()
+    own = curve.published if isinstance(curve, TightCurve) else curve
+    where = _point(own, sizes).tolist()
     beside: dict[str, dict[int, float]] = {}
     for name, known in (("random", curve.random), ("inverse", curve.inverse)):
         if known is not None:
             beside[name] = dict(zip(known.sizes.tolist(), known.faithfulness.tolist(), strict=True))
+    heights = {name: values.tolist() for name, values in {"": curve.faithfulness, **own.also}.items()}
     return [
         {
             "share": share,
             "size": size,
-            "faithfulness": float(curve.faithfulness[points[number]]),
+            "faithfulness": heights[""][points[number]],
             **{name: values.get(size) for name, values in beside.items()},
-            **{name: float(values[where[number]]) for name, values in also.items()},
-            "by_part": made_of.counts.sum(1)[number].tolist(),
-            "by_quarter": made_of.by_quarter[number].tolist(),
+            **{name: heights[name][where[number]] for name in own.also},
         }
         for number, (share, size) in enumerate(zip(RELATIVE_SIZES, sizes.tolist(), strict=True))
     ]
@@ -314,15 +318,16 @@ def _point(curve: DensityCurve, sizes: Int[Tensor, " some"]) -> Int[Tensor, " so
     return (torch.searchsorted(curve.sizes, sizes, right=True) - 1).clamp(min=0)
 
 
-def _made_of(curve: DensityCurve, sizes: Sequence[int]) -> Composition:
-    """What the circuits of sizes are made of, one entry for each, also where sizes repeat."""
+def _made_of(curve: DensityCurve, sizes: Sequence[int]) -> tuple[list[list[int]], list[list[int]]]:
+    """Edges of each part, and in each quarter of the layers, of the circuits of sizes, also where sizes repeat."""
     groups = by_part(curve.ranking.graph)
+    different = sorted({*sizes, curve.n_edges})
     if isinstance(curve, TightCurve):
         least = int(curve.sizes[0])
-        kept = [groups.total(curve.circuit(size=max(size, least)).kept) for size in sizes]
+        kept = [groups.total(curve.circuit(size=max(size, least)).kept) for size in different]
         counts = torch.stack(kept).nan_to_num().long()
     else:
-        different = torch.tensor(sorted({*sizes, curve.n_edges}))
-        found = dict(zip(different.tolist(), counts_in(curve.ranking.rank, different, groups), strict=True))
-        counts = torch.stack([found[size] for size in sizes])
-    return Composition(torch.tensor(sizes), counts, groups.columns, curve.ranking.family, curve.provenance)
+        counts = counts_in(curve.ranking.rank, torch.tensor(different), groups)
+    made = Composition(torch.tensor(different), counts, groups.columns, curve.ranking.family, curve.provenance)
+    place = [different.index(size) for size in sizes]
+    return counts.sum(1)[place].tolist(), made.by_quarter[place].tolist()
