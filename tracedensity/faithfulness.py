@@ -46,8 +46,21 @@ def nucleus_recovery(full: Full, circuit: Logits) -> Float[Tensor, "..."]:
     c. Each is cut on its own distribution. Not monotone in the circuit's size by construction.
     """
     order, length = _nuclei(full)
-    circuit_order, circuit_length = _nuclei(circuit)
-    agree = (circuit_order == order).long().cumprod(-1).sum(-1, keepdim=True)  # length of the common prefix
+    shape = torch.broadcast_shapes(full.shape, circuit.shape)
+    # the circuit's probabilities in the model's order: its own order is the same as far as each is the largest of those
+    # that are left; sorting them all would take several times as long
+    probability = circuit.double().softmax(-1).expand(shape).gather(-1, order.expand(shape))
+    left = probability.flip(-1).cummax(-1).values.flip(-1)
+    in_order = probability[..., :-1] > left[..., 1:]
+    agree = in_order.long().cumprod(-1).sum(-1, keepdim=True)  # length of the common prefix
+    # where that ends between two that are equal, the one with the lower number comes first
+    ends_in_tie = (torch.nn.functional.pad(probability[..., :-1] == left[..., 1:], (0, 1))).gather(-1, agree)
+    if ends_in_tie.any():
+        circuit_order, circuit_length = _nuclei(circuit)
+        agree = (circuit_order == order).long().cumprod(-1).sum(-1, keepdim=True)
+    else:
+        circuit_length = _lengths(probability.cumsum(-1))
+        agree = agree + (agree == in_order.shape[-1])  # where all others are in order, so is the last
     same = (circuit_length == length) & (length <= agree)
     masses = torch.tensor([0.0, *NUCLEI], dtype=full.dtype, device=full.device)
     largest = (same * torch.arange(1, len(NUCLEI) + 1, device=full.device)).amax(-1)
@@ -66,9 +79,13 @@ def nucleus_size(full: Full, circuit: Logits) -> Float[Tensor, "..."]:
 def _nuclei(logits: Logits) -> tuple[Int[Tensor, "... d_vocab"], Int[Tensor, "... nucleus"]]:
     """Tokens by falling probability, and the length of each nucleus."""
     probability, order = logits.double().softmax(-1).sort(dim=-1, descending=True, stable=True)
-    mass = probability.cumsum(-1)
+    return order, _lengths(probability.cumsum(-1))
+
+
+def _lengths(mass: Float[Tensor, "... d_vocab"]) -> Int[Tensor, "... nucleus"]:
+    """Length of each nucleus, from the mass of all prefixes."""
     cuts = torch.tensor(NUCLEI, dtype=mass.dtype, device=mass.device).expand(*mass.shape[:-1], -1).contiguous()
-    return order, torch.searchsorted(mass.contiguous(), cuts).clamp(max=logits.shape[-1] - 1) + 1
+    return torch.searchsorted(mass.contiguous(), cuts).clamp(max=mass.shape[-1] - 1) + 1
 
 
 def entropy(logits: Float[Tensor, "*batch d_vocab"]) -> Float[Tensor, "*batch"]:

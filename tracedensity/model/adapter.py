@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tracedensity.model.norm import NormLayer
-from tracedensity.model.place import Place, Visit, has_guests
+from tracedensity.model.place import Place, Point, Visit, has_guests
 from tracedensity.model.spread import at_hand, memory_of
 
 Site: TypeAlias = tuple[str, int]
@@ -274,6 +274,7 @@ def remade(before: Place, branch: Place, after: Place, edit: Callable[[Tensor], 
     Adding and subtracting the first term from the sum would lose digits to rounding.
     """
     terms: dict[str, Tensor] = {}
+    alone = isinstance(after, Point) and not has_guests(after.point)
 
     def keep(name: str) -> Visit:
         return lambda value: terms.__setitem__(name, value)
@@ -282,7 +283,9 @@ def remade(before: Place, branch: Place, after: Place, edit: Callable[[Tensor], 
         skip, branch = terms.pop("skip"), terms.pop("branch")
         if (edited := edit(skip)) is skip:
             return value
-        by_user = value - (skip + branch)  # zero, unless a hook of the user's has changed the sum before us
+        if alone:
+            return edited + branch
+        by_user = value - (skip + branch)  # what a hook of the user's has changed of the sum before us
         return edited + branch + by_user
 
     return [

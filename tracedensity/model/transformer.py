@@ -37,7 +37,7 @@ class Transformer(Shape):
     """
 
     adapter: Adapter
-    _known_fingerprint: str = field(default="", init=False, repr=False)
+    _unchanged: "_Unchanged | None" = field(default=None, init=False, repr=False)
 
     @property
     def model(self) -> Any:
@@ -502,12 +502,48 @@ class Transformer(Shape):
             Logits at the last position, and the values at the sites asked for, without batch axis, both in
             float32 or better.
         """
+        if (
+            self._unchanged is not None
+            and (ahead := self._unchanged.runs.pop(tuple(tokens.tolist()), None)) is not None
+        ):
+            logits, held = ahead
+            if held.keys() >= set(sites):
+                return logits, held
         held: dict[Site, Tensor] = {}
 
         def hold(value: Tensor, site: Site) -> None:
             held[site] = full_precision(value[0])
 
         return self.observe(tokens[None], {site: partial(hold, site=site) for site in sites})[0], held
+
+    def run_ahead(
+        self, prompts: Sequence[Int[Tensor, " pos"]], sites: Sequence[Site]
+    ) -> Float[Tensor, "prompt d_vocab"]:
+        """Run several prompts together, and keep for `run` what it will be asked for of each, once.
+
+        Only while the model is `unchanged`; what an earlier call has kept and nobody asked for is dropped.
+
+        Returns:
+            Logits at the last position of each.
+        """
+        assert self._unchanged is not None
+        held: dict[Site, Tensor] = {}
+
+        def hold(value: Tensor, site: Site) -> None:
+            held[site] = full_precision(value)
+
+        last = torch.tensor([len(each) - 1 for each in prompts], device=self.device)
+        padded = torch.nn.utils.rnn.pad_sequence([*prompts], batch_first=True)
+        logits = self.observe(padded, {site: partial(hold, site=site) for site in sites}, last)
+        self._unchanged.runs.clear()
+        for row, tokens in enumerate(prompts if sites else ()):
+            n_pos = len(tokens)
+            own = {
+                site: value[row, :, :n_pos, :n_pos] if site[0] == "pattern" else value[row, :n_pos]
+                for site, value in held.items()
+            }
+            self._unchanged.runs[tuple(tokens.tolist())] = logits[row], own
+        return logits
 
     # -- weights ---------------------------------------------------------------------------------
 
@@ -615,13 +651,13 @@ class Transformer(Shape):
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """While open, nothing changes the weights: they are looked through once."""
-        outer = self._known_fingerprint
-        object.__setattr__(self, "_known_fingerprint", outer or self.fingerprint())
+        """While open, nothing changes the model: its weights are looked through once, and runs can be made ahead."""
+        outer = self._unchanged
+        object.__setattr__(self, "_unchanged", outer or _Unchanged(self.fingerprint()))
         try:
             yield
         finally:
-            object.__setattr__(self, "_known_fingerprint", outer)
+            object.__setattr__(self, "_unchanged", outer)
 
     def fingerprint(self) -> str:
         """A short hash of the architecture and of all weights: the same model, or another.
@@ -633,8 +669,8 @@ class Transformer(Shape):
         Raises:
             ValueError: If a weight is NaN or infinite, naming the first.
         """
-        if self._known_fingerprint:
-            return self._known_fingerprint
+        if self._unchanged is not None:
+            return self._unchanged.fingerprint
         digest = hashlib.sha256()
         shape = (self.n_layers, self.n_heads, self.n_kv_heads, self.d_model, self.d_mlp, self.d_vocab)
         digest.update(json.dumps([*shape, self.adapter.behaviour()], sort_keys=True).encode())
@@ -653,6 +689,19 @@ class Transformer(Shape):
                 total += int(part.contiguous().view(torch.int32).sum())
             digest.update(f"{name} {total}".encode() + _sample(weight).cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True, eq=False)
+class _Unchanged:
+    """What is known of a model while nothing changes it.
+
+    Attributes:
+        fingerprint: Its fingerprint.
+        runs: Logits and values of prompts that were run ahead.
+    """
+
+    fingerprint: str
+    runs: dict[tuple[int, ...], tuple[Tensor, dict[Site, Tensor]]] = field(default_factory=dict)
 
 
 def _sample(weight: Tensor) -> Float[Tensor, " some"]:

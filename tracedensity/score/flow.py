@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tracedensity.graph.token import TokenGraph
-from tracedensity.model import Norm, Transformer, require_finite
+from tracedensity.model import Norm, Site, Transformer, require_finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +63,12 @@ class Measure:
     normalise: Callable[[Tensor, Tensor], Tensor]
 
 
+def contribution_sites(model: Transformer) -> list[Site]:
+    """The values of a run on which `contribution_scores` depends."""
+    names = ["resid_pre", "v", "pattern", "resid_mid", *(["mlp_out"] if model.has_mlp else [])]
+    return [*((name, layer) for layer in range(model.n_layers) for name in names), *model.scale_sites]
+
+
 def contribution_scores(
     model: Transformer, tokens: Int[Tensor, " pos"], graph: TokenGraph, measure: Measure, workspace: int
 ) -> dict[str, Tensor]:
@@ -82,9 +88,7 @@ def contribution_scores(
     Returns:
         Scores of each kind of edge, zero where there is none.
     """
-    names = ["resid_pre", "v", "pattern", "resid_mid", *(["mlp_out"] if model.has_mlp else [])]
-    sites = [(name, layer) for layer in range(model.n_layers) for name in names]
-    _, held = model.run(tokens, [*sites, *model.scale_sites])
+    _, held = model.run(tokens, contribution_sites(model))
     final_norm = model.final_norm(held.pop(("final_scale", 0), None))
     scores = {kind: held["resid_pre", 0].new_zeros(shape) for kind, shape in graph.shapes.items()}
     for layer in range(graph.n_layers):

@@ -8,15 +8,16 @@ from inspect import signature
 from typing import Any, TypeAlias, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from tracedensity.curve import DensityCurve
 from tracedensity.estimation import Estimation, density
 from tracedensity.files import circuit_file, curve_file, versions
 from tracedensity.loading import load_model
-from tracedensity.model import Transformer, as_transformer
+from tracedensity.model import Site, Transformer, as_transformer
 from tracedensity.pooling import FAILURES, Asking
+from tracedensity.score.flow import MEASURES, contribution_sites
 from tracedensity.setting import rows_at_once
 from tracedensity.study.contexts import Context
 from tracedensity.study.counts import Counts
@@ -53,6 +54,9 @@ class Done:
     n_prompts: int
     n_errors: int
 
+
+_AHEAD = 16
+"""Prompts that are run together before they are scored, at most."""
 
 FIXED = ("sizes", "also", "per_example", "batch_size")
 """Options of `td.density` that a sweep has none of, or sets itself."""
@@ -177,8 +181,7 @@ class Worker:
         files: Files = {}
         rows: dict[TableName, list[Row]] = {"thresholds": [], "points": [], "prompts": []}
         read = [self._read(context) for context in part.contexts]
-        logits = self._predictions(read)
-        curves = self._curves(read, logits)
+        curves, logits = self._curves(read)
         for place, (context, known) in enumerate(zip(part.contexts, read, strict=True)):
             number, curve = part.first + place, curves[place]
             keys = {**keys_of(number, context)}
@@ -230,38 +233,44 @@ class Worker:
                 return whole[len(before)]
         return next(iter(self.model.pieces(target)), None)
 
-    def _predictions(self, read: Sequence["_Read"]) -> list[Float[Tensor, " d_vocab"] | None]:
-        """What the model predicts after each prompt, prompts of similar length together."""
-        found: list[Float[Tensor, " d_vocab"] | None] = [None] * len(read)
-        for some in self._batches(read):
-            prompts = [tokens for number in some if (tokens := read[number].tokens) is not None]
-            last = torch.tensor([len(tokens) - 1 for tokens in prompts], device=self.model.device)
-            padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
-            try:
-                for number, logits in zip(some, self.model.observe(padded, {}, last), strict=True):
-                    found[number] = logits
-            except FAILURES:  # of one of them, whose curve will say so; that of the others asks for itself
-                continue
-        return found
+    def _curves(self, read: Sequence["_Read"]) -> tuple[list[DensityCurve | str], list[Tensor | None]]:
+        """The curve of each prompt, or why there is none, and what the model predicts after it."""
+        curves: list[DensityCurve | str] = [each.error for each in read]
+        logits: list[Tensor | None] = [None] * len(read)
+        numbers: list[int] = []
+
+        def asking() -> Iterator[Asking[DensityCurve | str]]:
+            for some in self._batches(read):
+                prompts = [tokens for number in some if (tokens := read[number].tokens) is not None]
+                try:
+                    for number, each in zip(some, self.model.run_ahead(prompts, self._sites), strict=True):
+                        logits[number] = each
+                except FAILURES:  # of one of them, whose own run will say so
+                    pass
+                for number in some:
+                    numbers.append(number)
+                    yield _safely(self.estimation.curve(read[number].tokens, logits[number]))
+
+        for place, curve in enumerate(self.estimation.together(asking())):
+            curves[numbers[place]] = curve
+        return curves, logits
 
     def _batches(self, read: Sequence["_Read"]) -> Iterator[list[int]]:
+        """Prompts of similar length, as many as can be run at once."""
         lengths = {number: len(each.tokens) for number, each in enumerate(read) if each.tokens is not None}
         order = sorted(lengths, key=lengths.__getitem__)
         while order:
-            n_rows = rows_at_once(self.model, lengths[order[min(len(order) - 1, 63)]])
+            longest = lengths[order[min(len(order), _AHEAD) - 1]]
+            n_rows = min(_AHEAD, rows_at_once(self.model, longest, len(self._sites)))
             yield order[:n_rows]
             order = order[n_rows:]
 
-    def _curves(
-        self, read: Sequence["_Read"], logits: Sequence[Float[Tensor, " d_vocab"] | None]
-    ) -> list[DensityCurve | str]:
-        """The curve of each prompt, or why there is none."""
-        found: list[DensityCurve | str] = [each.error for each in read]
-        numbers = [number for some in self._batches(read) for number in some]
-        asking = (_safely(self.estimation.curve(read[number].tokens, logits[number])) for number in numbers)
-        for number, curve in zip(numbers, self.estimation.together(asking), strict=True):
-            found[number] = curve
-        return found
+    @cached_property
+    def _sites(self) -> list[Site]:
+        """What scoring will ask for of each prompt; nothing where it takes gradients, or another precision."""
+        options = self.work.options
+        plain = (options["method"] or "norm") in MEASURES and options["graph"] == "token"
+        return contribution_sites(self.model) if plain and self.model.dtype == self.model.full_dtype else []
 
     def _kept(self, number: int, curve: DensityCurve) -> Files:
         """Files of one prompt."""
