@@ -516,9 +516,7 @@ class Transformer(Shape):
 
         return self.observe(tokens[None], {site: partial(hold, site=site) for site in sites})[0], held
 
-    def run_ahead(
-        self, prompts: Sequence[Int[Tensor, " pos"]], sites: Sequence[Site]
-    ) -> Float[Tensor, "prompt d_vocab"]:
+    def run_ahead(self, prompts: Sequence[Int[Tensor, " _"]], sites: Sequence[Site]) -> Float[Tensor, "prompt d_vocab"]:
         """Run several prompts together, and keep for `run` what it will be asked for of each, once.
 
         Only while the model is `unchanged`; what an earlier call has kept and nobody asked for is dropped.

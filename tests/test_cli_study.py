@@ -1,0 +1,122 @@
+"""Sweeps and studies from the command line, as a newcomer would try them."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from planted import planted
+
+import tracedensity as td
+from tracedensity.cli import main
+from tracedensity.study.table import SCHEMA, TABLES
+
+TEXT = "\n\n".join(
+    f"Once upon a time there {verb} a little {who} in the old house near the {place}, and every day they went to "
+    f"the {other}."
+    for who, verb in (("girl", "was"), ("boy", "lived"), ("dog", "slept"))
+    for place, other in (("wood", "river"), ("sea", "hills"))
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A sweep over contexts of two lengths, made on the command line."""
+    path = tmp_path_factory.mktemp("sweep")
+    (path / "tales.txt").write_text(TEXT)
+    arguments = ["sweep", str(path / "tales.txt"), "--out", str(path / "out"), "--context-tokens", "4,8"]
+    assert main([*arguments, "--thresholds", "0.5,0.9", "--counts", str(path / "tales.txt"), "--part-size", "16"]) == 0
+    return path
+
+
+def test_a_sweep_says_what_it_did_and_goes_on_where_it_ended(folder, capsys):
+    arguments = ["sweep", str(folder / "tales.txt"), "-o", str(folder / "out"), "--context-tokens", "4,8", "--json"]
+    options = ["--thresholds", "0.5,0.9", "--counts", str(folder / "tales.txt"), "--part-size", "16"]
+    assert main([*arguments, *options]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["n_made"] == 0 and said["n_prompts"] == len(td.read_sweep(folder / "out")) > 16
+    assert main([*arguments, *options, "--method", "flow"]) == 2
+    assert "options.method" in capsys.readouterr().err
+    assert main([*arguments, *options, "--no-resume"]) == 2
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("table", [*TABLES])
+def test_tables_can_be_had_as_one_file(suffix, table, folder, tmp_path, capsys):
+    out = tmp_path / f"table{suffix}"
+    assert main(["study", "table", str(folder / "out"), "--table", table, "--out", str(out)]) == 0
+    assert "rows written" in capsys.readouterr().out
+    read = {".csv": pd.read_csv, ".jsonl": lambda path: pd.read_json(path, lines=True), ".parquet": pd.read_parquet}
+    rows = read[suffix](out)
+    assert [*rows.columns] == [column.name for column in TABLES[table]]
+    assert len(rows) == len(td.read_sweep(folder / "out", table))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words", "n_figures"),
+    [
+        (["factors", "--outcome", "auc", "--permutations", "50"], "gzip_ratio", 1),
+        (["lengths", "--permutations", "50"], "falls", 1),
+        (["thresholds"], "segments", 1),
+        (["contents", "--share", "0.05"], "part=heads", 5),
+    ],
+)
+def test_each_study_prints_a_table_and_writes_figures(arguments, words, n_figures, folder, tmp_path, capsys):
+    name, *options = arguments
+    out, csv = tmp_path / "page.html", tmp_path / "table.csv"
+    command = ["study", name, str(folder / "out"), *options, "--bootstrap", "10", "--html", str(out), "--csv", str(csv)]
+    assert main(command) == 0, capsys.readouterr().err
+    assert words in capsys.readouterr().out
+    assert out.read_text().count('class="plotly-graph-div"') == n_figures
+    assert len(pd.read_csv(csv))
+
+
+def test_models_are_compared_by_their_folders(folder, tmp_path, capsys):
+    options = ["--context-tokens", "4,8", "--thresholds", "0.5,0.9", "--part-size", "16", "--no-baselines"]
+    other = tmp_path / "llama"
+    assert main(["sweep", str(folder / "tales.txt"), "-o", str(other), "--model", "books-llama", *options]) == 0
+    capsys.readouterr()
+    out = tmp_path / "page.html"
+    few = ["--bootstrap", "10", "--permutations", "50", "--html", str(out)]
+    assert main(["study", "compare", str(folder / "out"), str(other), *few]) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert "books-gpt2" in said and "books-llama" in said and out.exists()
+    assert main(["study", "compare", str(other)]) == 2
+    assert "two or more" in capsys.readouterr().err
+
+
+def test_what_is_no_sweep_is_one_sentence(tmp_path, capsys):
+    for command in ("factors", "lengths", "thresholds", "shap", "contents"):
+        assert main(["study", command, str(tmp_path)]) == 2
+        assert "must be the folder of a sweep" in capsys.readouterr().err
+    assert main(["study", "table", str(tmp_path), "--out", str(tmp_path / "x.txt")]) == 2
+    assert main(["sweep", str(tmp_path / "none.txt"), "--out", str(tmp_path / "out")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_counts_need_a_model_whose_tokens_they_are(folder, capsys):
+    assert main(["study", "factors", str(folder / "out"), "--counts", str(folder / "tales.txt")]) == 2
+    assert "`--counts` must come with `--model`" in capsys.readouterr().err
+
+
+def test_every_figure_of_a_study_can_be_drawn_light_and_dark():
+    table = planted(60)
+    few = {"n_bootstrap": 10, "n_permutations": 20}
+    found = [
+        td.study.factors(table, outcomes=("auc",), **few),
+        td.study.compare({"a": table, "b": planted(60, 1)}, **few),
+        td.study.thresholds(table, n_bootstrap=10),
+    ]
+    for each in found:
+        for theme in ("light", "dark"):
+            assert each.plot(theme=theme).data
+        with pytest.raises(ValueError, match="`theme` must be"):
+            each.plot(theme="blue")
+
+
+def test_the_schema_is_in_the_docs():
+    text = (Path(__file__).parents[1] / "docs" / "studies.md").read_text()
+    assert f"version {SCHEMA}" in text
+    for columns in TABLES.values():
+        for column in columns:
+            assert f"| `{column.name}` | {column.type} | {column.about} |" in text
