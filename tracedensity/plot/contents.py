@@ -71,8 +71,9 @@ def _layers(contents: "Contents", theme: Theme | str) -> go.Figure:
 
 
 def _area(figure: go.Figure, x: Any, y: Any, name: str, colour: str) -> None:
+    known = np.isfinite(y.to_numpy(float))  # a circuit without edges is made of nothing
     figure.add_scatter(
-        x=x, y=y, mode="lines", name=label(name), stackgroup="all", line={"color": colour, "width": 0.5},
+        x=x[known], y=y[known], mode="lines", name=label(name), stackgroup="all", line={"color": colour, "width": 0.5},
         fillcolor=colour, hovertemplate="%{x:.2~%} of all edges: %{y:.0%}<extra>" + label(name) + "</extra>",
     )  # fmt: skip
 

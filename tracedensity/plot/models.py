@@ -9,7 +9,6 @@ from plotly.subplots import make_subplots
 from tracedensity.plot.theme import (
     COLOURS,
     DIVERGING,
-    INK,
     MUTED,
     Theme,
     colour_scale,
@@ -72,7 +71,6 @@ def plot_models(comparison: "Comparison", *, theme: Theme | str = "light") -> go
     figure.update_yaxes(tickvals=place, ticktext=pairs, range=[-0.6, len(table) - 0.4], row=2, col=1)
     figure.update_yaxes(autorange="reversed", row=1, col=1)
     figure.update_xaxes(title="Spearman correlation", range=[-1.02, 1.02], row=2, col=1)
-    figure.update_traces(textfont={"color": INK}, selector={"type": "heatmap"})
     return finished(
         figure, "Are the same inputs dense for different models?",
         [f"{table['n'].max()} inputs", f"mean {comparison.mean:.2f} ({comparison.low:.2f} to {comparison.high:.2f})"],

@@ -127,7 +127,7 @@ def _by_size(prompts: Any, points: Any, draws: list[np.ndarray]) -> DataFrame:
     names = PARTS[str(prompts["graph"].iloc[0])]
     rows: list[dict[str, float]] = [{"share": share} for share in RELATIVE_SIZES]
     for name in ("faithfulness", "random", "inverse", "top1", "nucleus", "entropy", "unigram_tv"):
-        values = points[name].to_numpy(float).reshape(n, -1)
+        values = _filled(points[name].to_numpy(float).reshape(n, -1), points["size"].to_numpy(float).reshape(n, -1))
         for number, column in enumerate(values.T):
             if np.isfinite(column).all():
                 low, high = interval([column[draw].mean() for draw in draws])
@@ -145,6 +145,18 @@ def _by_size(prompts: Any, points: Any, draws: list[np.ndarray]) -> DataFrame:
             if len(some):
                 rows[number] |= dict(zip(of, some.mean(0).tolist(), strict=True))
     return DataFrame(rows)
+
+
+def _filled(
+    values: Float[np.ndarray, "prompt point"], sizes: Float[np.ndarray, "prompt point"]
+) -> Float[np.ndarray, "prompt point"]:
+    """Values at all sizes where some were left out, by interpolation over log10 of size, prompt by prompt."""
+    filled = values.copy()
+    for row, own in zip(filled, np.log10(np.maximum(sizes, 0.5)), strict=True):
+        known = np.isfinite(row)
+        if known.any() and not known.all():
+            row[:] = np.interp(own, own[known], row[known])
+    return filled
 
 
 def _recurrence(prompts: Any, share: float, n_null: int, seed: int) -> tuple[DataFrame, float, float]:
@@ -182,7 +194,8 @@ def _phases(prompts: Any, points: Any, draws: list[np.ndarray]) -> dict[str, Pha
     usable = np.array(RELATIVE_SIZES) * n_edges >= 1  # what has no edge has no phase
     x = np.log10(np.array(RELATIVE_SIZES))[usable]
     found = {"circuits": phases_of(x, curves[:, usable], draws)}
-    random = points["random"].to_numpy(float).reshape(len(prompts), -1)
+    shape = (len(prompts), -1)
+    random = _filled(points["random"].to_numpy(float).reshape(shape), points["size"].to_numpy(float).reshape(shape))
     known = np.isfinite(random).all(0) & usable
     if known.sum() > 5:
         found["random"] = phases_of(np.log10(np.array(RELATIVE_SIZES))[known], random[:, known], draws)
