@@ -2,9 +2,9 @@
 
     python -m benchmarks.sweep
 
-Prompts are pieces of this repository's documentation, all equally long. The loop and the sweep run the same prompts with
-the same options; the loop has as many threads of PyTorch as there are cores, the sweep as many processes of one thread.
-Both have been at work before their time is taken: what processes take to start is the same for ten prompts and a million.
+Prompts are pieces of this repository's documentation, all equally long. The loop and the sweep run the same prompts
+with the same options; the loop has as many threads of PyTorch as there are cores, the sweep as many processes of one
+thread. Both have been at work before their time is taken: what processes take to start is the same for a million.
 """
 
 import os
