@@ -23,7 +23,7 @@ MODULES = [
 ]
 
 
-MEANT = ("plot", "tasks")  # modules that are public as such
+MEANT = ("plot", "study", "tasks")  # modules that are public as such
 
 
 def run_python(code):
