@@ -90,7 +90,8 @@ def test_the_cause_that_was_planted_is_found_and_others_are_not():
     assert row["p"] == pytest.approx(1 / 201)
     others = table.drop(index="rarity_target", level="covariate")
     assert (others["p_holm"].dropna() > 0.05).all()
-    assert (table["rho"] > table["low"]).sum() and (table["rho"] < table["high"]).sum()
+    known = table[table["rho"].notna()]
+    assert ((known["low"] <= known["rho"]) & (known["rho"] <= known["high"])).mean() > 0.9
 
 
 def test_correlations_are_those_of_scipy_whatever_the_outcome():
@@ -296,7 +297,7 @@ def test_the_knee_behind_a_plateau_is_not_the_first_point():
     naive = KneeLocator(X, y, S=1.0, curve="convex", direction="decreasing").knee
     found, note = knee(X, y)
     assert found is not None and -2.2 < found < -0.8 and not note
-    assert naive is None or abs(naive - found) > 0.3 or naive == pytest.approx(found)
+    assert naive == X[0]
 
 
 def test_where_there_is_no_inner_knee_the_break_is_taken_and_said_so():

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -151,7 +152,7 @@ def test_a_killed_run_loses_the_part_in_flight_at_most(tiny_gpt2, whole, tmp_pat
     assert files(out) == files(whole)
 
 
-@pytest.mark.parametrize("how", ["cut", "spoilt", "gone", "of another sweep"])
+@pytest.mark.parametrize("how", ["cut", "spoilt", "spoilt later", "of other columns", "gone", "of another sweep"])
 @pytest.mark.parametrize("table", [*TABLES])
 def test_a_damaged_part_is_made_anew(how, table, tiny_gpt2, whole, tmp_path):
     out = tmp_path / "sweep"
@@ -164,6 +165,14 @@ def test_a_damaged_part_is_made_anew(how, table, tiny_gpt2, whole, tmp_path):
         part.write_bytes(content[: len(content) // 2])
     elif how == "spoilt":
         part.write_bytes(content[:200] + bytes([content[200] ^ 255]) + content[201:])
+    elif how == "spoilt later":  # in one of the last columns
+        chunk = pq.ParquetFile(part).metadata.row_group(0).column(pq.ParquetFile(part).metadata.num_columns - 1)
+        starts = [each for each in (chunk.dictionary_page_offset, chunk.data_page_offset) if each is not None]
+        place = min(starts) + chunk.total_compressed_size - 2
+        part.write_bytes(content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :])
+    elif how == "of other columns":
+        rows = pq.read_table(part)
+        pq.write_table(rows.rename_columns([*rows.column_names[:-1], "something"]), part)
     else:
         td.sweep(tiny_gpt2, PROMPTS, tmp_path / "other", **{**OPTIONS, "seed": 1})
         part.write_bytes((tmp_path / "other" / table / "part-00001.parquet").read_bytes())

@@ -12,8 +12,7 @@ from pandas import DataFrame
 
 from tracedensity.evaluation import RELATIVE_SIZES, paper_sizes
 from tracedensity.study.covariates import outcome_of, require_prompts
-from tracedensity.study.nested import interval
-from tracedensity.study.statistics import Pair, Sample, codes, holm, rank_correlations, resampled, strata_of
+from tracedensity.study.statistics import Pair, Sample, codes, holm, interval, rank_correlations, resampled, strata_of
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -137,8 +136,7 @@ def compare(
     together = np.stack([y[name] for name in names], axis=1)
     matrix = rank_correlations(together)
     apart = np.triu_indices(len(names), 1)
-    several = len(np.unique(document)) > 1
-    draws = resampled(document, n_bootstrap, seed) if several else ()
+    draws = resampled(document, n_bootstrap, seed)
     low, high = interval([float(rank_correlations(together[rows])[apart].mean()) for rows in draws])
     return Comparison(
         made,

@@ -158,9 +158,9 @@ def _add_predicted(table: Any, counts: Counts, model: Transformer) -> None:
     while order:
         n_rows = rows_at_once(model, len(prompts[order[min(len(order), 64) - 1]]))
         some, order = order[:n_rows], order[n_rows:]
-        last = torch.tensor([len(prompts[number]) - 1 for number in some], device=model.device)
-        padded = torch.nn.utils.rnn.pad_sequence([prompts[number] for number in some], batch_first=True)
-        for number, logits in zip(some, model.observe(padded, {}, last), strict=True):
+        with model.unchanged():
+            found = model.run_ahead([prompts[number] for number in some], [])
+        for number, logits in zip(some, found, strict=True):
             rows[number] = prediction_row(logits, None, counts, model)
     for name in ("rarity_expected", "kl_unigram"):
         table[name] = [rows[number][name] for number in range(len(table))]

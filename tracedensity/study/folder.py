@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 from uuid import uuid4
 
-from tracedensity.study.table import SCHEMA, TableName
+from tracedensity.study.table import SCHEMA, TableName, schema
 from tracedensity.study.work import Files, Part
 
 if TYPE_CHECKING:
@@ -100,14 +100,12 @@ class Folder:
     def has(self, part: Part) -> bool:
         """Whether a part is there, whole and readable, with at least the prompts that are wanted."""
         try:
-            ids = [
-                read_part(self.path / part.path(table), table, self.sweep, ["index", "id"])
-                for table in get_args(TableName)
-            ]
+            # all columns: checksums are looked at only of what is read
+            tables = [read_part(self.path / part.path(table), table, self.sweep) for table in get_args(TableName)]
         except (OSError, ValueError):
             return False
         wanted = [context.id for context in part.contexts]
-        return ids[0].column("id").to_pylist()[: len(wanted)] == wanted
+        return tables[0].column("id").to_pylist()[: len(wanted)] == wanted
 
 
 def read_manifest(path: str | PathLike[str]) -> dict[str, Any]:
@@ -133,7 +131,7 @@ def sweep_of(about: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def read_part(path: Path, table: str, sweep: str, columns: list[str] | None = None) -> Any:
+def read_part(path: Path, table: str, sweep: str) -> Any:
     """The rows of a part, as a pyarrow table.
 
     Raises:
@@ -144,7 +142,7 @@ def read_part(path: Path, table: str, sweep: str, columns: list[str] | None = No
     import pyarrow.parquet as pq
 
     try:
-        rows = pq.read_table(path, columns=columns, page_checksum_verification=True)
+        rows = pq.read_table(path, page_checksum_verification=True)
         about = json.loads((rows.schema.metadata or {})[b"tracedensity"])
     except FileNotFoundError:
         raise
@@ -152,6 +150,8 @@ def read_part(path: Path, table: str, sweep: str, columns: list[str] | None = No
         raise ValueError(f"{path} cannot be read ({error}).") from error
     if (about["table"], about["schema"], about["sweep"]) != (table, SCHEMA, sweep):
         raise ValueError(f"{path} belongs to another sweep.")
+    if not rows.schema.equals(schema(table)):  # the names and types of columns have no checksum
+        raise ValueError(f"{path} cannot be read (its columns are others).")
     return rows
 
 

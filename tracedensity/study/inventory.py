@@ -13,8 +13,7 @@ from tracedensity.evaluation import RELATIVE_SIZES
 from tracedensity.extras import extra
 from tracedensity.study.folder import read_sweep
 from tracedensity.study.knees import on_grid, segments
-from tracedensity.study.nested import interval
-from tracedensity.study.statistics import codes, holm, resampled
+from tracedensity.study.statistics import codes, holm, interval, resampled
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -116,7 +115,7 @@ def contents(
         raise ValueError("`path` must be a sweep with numbers, got one in which every prompt has an error.")
     points: Any = read_sweep(path, "points")
     document = codes(prompts["document"].astype(str).to_numpy())
-    draws = list(resampled(document, n_bootstrap, seed)) if len(np.unique(document)) > 1 else []
+    draws = list(resampled(document, n_bootstrap, seed))
     rows = _by_size(prompts, points, draws)
     recurrence, spread, null_spread = _recurrence(prompts, share, n_null, seed)
     return Contents(rows, recurrence, share, spread, null_spread, _phases(prompts, points, draws), len(prompts))

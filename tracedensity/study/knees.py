@@ -13,8 +13,7 @@ from pandas import DataFrame
 from tracedensity.evaluation import RELATIVE_SIZES
 from tracedensity.extras import extra
 from tracedensity.study.covariates import require_prompts
-from tracedensity.study.nested import interval
-from tracedensity.study.statistics import codes, resampled
+from tracedensity.study.statistics import codes, interval, resampled
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -139,7 +138,7 @@ def thresholds(table: DataFrame, *, split: float = 0.5, n_bootstrap: int = 500, 
     shares = np.array(RELATIVE_SIZES)
     mean = curves[chosen].mean(0)
     distance, x = 1 - mean, np.log10(shares)
-    draws = list(resampled(document[chosen], n_bootstrap, seed)) if len(np.unique(document[chosen])) > 1 else []
+    draws = list(resampled(document[chosen], n_bootstrap, seed))
     again = [1 - curves[chosen][draw].mean(0) for draw in draws]
     choices, moved, rows = {}, {}, []
     for how in ("knee", "segments"):

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from pandas import DataFrame
 
 from tracedensity.study.covariates import OUTCOMES, outcome_of, require_prompts
-from tracedensity.study.statistics import LEVEL, codes, holm, resampled
+from tracedensity.study.statistics import codes, holm, interval, resampled
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -94,7 +94,7 @@ def lengths(
     )
     first = np.unique(group, return_index=True)[1]
     document = codes(known["document"].astype(str).to_numpy())[first]
-    draws = list(resampled(document, n_bootstrap, seed)) if len(np.unique(document)) > 1 else []
+    draws = list(resampled(document, n_bootstrap, seed))
     generator = np.random.default_rng(seed)
     rows, by_length = [], []
     for name in outcomes:
@@ -114,15 +114,6 @@ def lengths(
     made: Any = DataFrame(rows)
     made.insert(5, "p_holm", holm(made["p"].to_numpy(float)))
     return Lengths(made, DataFrame(by_length), float(threshold), len(np.unique(document)))
-
-
-def interval(values: Sequence[float] | Float[np.ndarray, " draw"]) -> tuple[float, float]:
-    """Percentile interval of what a bootstrap gives; unknown where there is none."""
-    if not len(values):
-        return np.nan, np.nan
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(np.asarray(values, float), [tail, 1 - tail])
-    return float(low), float(high)
 
 
 def _length(own: str, group: str, n_tokens: int) -> int:

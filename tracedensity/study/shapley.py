@@ -13,8 +13,7 @@ from pandas import DataFrame
 from tracedensity.extras import extra
 from tracedensity.study.counts import Counts
 from tracedensity.study.covariates import NUMERIC, numbers, outcome_of, with_covariates
-from tracedensity.study.nested import interval
-from tracedensity.study.statistics import codes, exchanged, rank_correlations, resampled, strata_of
+from tracedensity.study.statistics import codes, exchanged, interval, rank_correlations, resampled, strata_of
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -113,14 +113,12 @@ class Sample:
         wanted = [[place[name] for name in pair.names] for pair in pairs]
         matrix = rank_correlations(values)
         rho = np.array([partial(matrix[None], *each)[0] for each in wanted])
-        again = np.empty((0, *matrix.shape))
-        if self.n_bootstrap and len(np.unique(self.document[known])) > 1:  # one document says nothing of others
-            draws = resampled(self.document[known], self.n_bootstrap, self.seed)
-            again = np.stack([rank_correlations(values[rows]) for rows in draws])
+        draws = [*resampled(self.document[known], self.n_bootstrap, self.seed)]
+        again = np.array([rank_correlations(values[rows]) for rows in draws]).reshape(-1, *matrix.shape)
         stratum = np.zeros(n, dtype=np.int64) if pairs[0].free else self.stratum[known]
         p = self._p(ranks(values), wanted, rho, stratum)
         return [
-            Estimate(float(rho[number]), *_interval(partial(again, *each)), float(p[number]), n)
+            Estimate(float(rho[number]), *interval(partial(again, *each)), float(p[number]), n)
             for number, each in enumerate(wanted)
         ]
 
@@ -143,19 +141,24 @@ class Sample:
         return np.where(np.isfinite(rho), (1 + n_as_large) / (1 + self.n_permutations), np.nan)
 
 
-def _interval(values: Float[np.ndarray, " draw"]) -> tuple[float, float]:
-    values, tail = values[np.isfinite(values)], (1 - LEVEL) / 2
-    low, high = np.quantile(values, [tail, 1 - tail]) if len(values) else (np.nan, np.nan)
+def interval(values: Sequence[float] | Float[np.ndarray, " draw"]) -> tuple[float, float]:
+    """Percentile interval of what a bootstrap gives; unknown where it gives nothing."""
+    known, tail = np.asarray(values, float), (1 - LEVEL) / 2
+    known = known[np.isfinite(known)]
+    low, high = np.quantile(known, [tail, 1 - tail]) if len(known) else (np.nan, np.nan)
     return float(low), float(high)
 
 
 def resampled(document: Int[np.ndarray, " row"], n: int, seed: int) -> Iterator[Int[np.ndarray, " some"]]:
-    """Rows of as many documents as there are, drawn with replacement, `n` times."""
+    """Rows of as many documents as there are, drawn with replacement, `n` times; never where there is one document.
+
+    One says nothing of others.
+    """
     generator = np.random.default_rng(seed)
     order = np.argsort(document, kind="stable")
     starts = np.flatnonzero(np.diff(document[order], prepend=document[order][:1] - 1))
     rows = np.split(order, starts[1:])
-    for _ in range(n):
+    for _ in range(n if len(rows) > 1 else 0):
         yield np.concatenate([rows[number] for number in generator.integers(len(rows), size=len(rows))])
 
 
