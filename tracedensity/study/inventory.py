@@ -1,12 +1,12 @@
 """Contents: what circuits of a corpus are made of, which parts come again, and what small ones predict."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from pandas import DataFrame
 
 from tracedensity.evaluation import RELATIVE_SIZES
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
     from tracedensity.plot import Theme
-
-PARTS = {"token": ("heads", "MLPs", "skip connections"), "component": ("embedding", "heads", "MLPs")}
-"""What the parts of circuits are called."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,21 +106,23 @@ def contents(
     """
     if not 0 < share <= 1:
         raise ValueError(f"`share` must be above 0 and at most 1, got {share}.")
-    prompts: Any = read_sweep(path)
-    prompts = prompts[prompts["error"].isna()].reset_index(drop=True)
+    every: Any = read_sweep(path)
+    prompts = every[every["error"].isna()].reset_index(drop=True)
     if not len(prompts):
-        raise ValueError("`path` must be a sweep with numbers, got one in which every prompt has an error.")
+        first = every["error"].iloc[0]
+        raise ValueError(f"`path` must be a sweep with numbers, got one in which every prompt has an error: {first}")
     points: Any = read_sweep(path, "points")
     document = codes(prompts["document"].astype(str).to_numpy())
     draws = list(resampled(document, n_bootstrap, seed))
     rows = _by_size(prompts, points, draws)
-    recurrence, spread, null_spread = _recurrence(prompts, share, n_null, seed)
+    present = np.stack([*prompts["entered"]]) <= (share * prompts["n_edges"].to_numpy(float))[:, None]
+    recurrence, null_spread = recurrence_of(present, prompts.attrs["sweep"]["components"], n_null, seed)
+    spread = float(recurrence["often"].var(ddof=0))
     return Contents(rows, recurrence, share, spread, null_spread, _phases(prompts, points, draws), len(prompts))
 
 
 def _by_size(prompts: Any, points: Any, draws: list[np.ndarray]) -> DataFrame:
     n = len(prompts)
-    names = PARTS[str(prompts["graph"].iloc[0])]
     rows: list[dict[str, float]] = [{"share": share} for share in RELATIVE_SIZES]
     for name in ("faithfulness", "random", "inverse", "top1", "nucleus", "entropy", "unigram_tv"):
         values = _filled(points[name].to_numpy(float).reshape(n, -1), points["size"].to_numpy(float).reshape(n, -1))
@@ -133,9 +132,7 @@ def _by_size(prompts: Any, points: Any, draws: list[np.ndarray]) -> DataFrame:
                 rows[number] |= {name: float(column.mean()), f"{name}_low": low, f"{name}_high": high}
     parts = np.stack([*points["by_part"]]).reshape(n, len(rows), -1)
     quarters = np.stack([*points["by_quarter"]]).reshape(n, len(rows), -1)
-    labels = [f"part={name}" for name in names[: parts.shape[2]]]
-    if parts.shape[2] < len(names):
-        labels = [f"part={name}" for name in names if name != "MLPs"]
+    labels = [f"part={name}" for name in prompts.attrs["sweep"]["parts"]]
     for counts, of in ((parts, labels), (quarters, [f"quarter={each + 1}" for each in range(quarters.shape[2])])):
         total = counts.sum(2, keepdims=True)
         shares = np.divide(counts, total, out=np.full(counts.shape, np.nan), where=total > 0)
@@ -158,33 +155,36 @@ def _filled(
     return filled
 
 
-def _recurrence(prompts: Any, share: float, n_null: int, seed: int) -> tuple[DataFrame, float, float]:
-    """How often each component comes, beside what would be if each prompt drew as many of them at random."""
+def recurrence_of(
+    present: Bool[np.ndarray, "prompt component"], names: Sequence[str], n_null: int, seed: int
+) -> tuple[DataFrame, float]:
+    """How often each component comes, beside what would be if each prompt drew as many of them at random.
+
+    Args:
+        present: Which components each prompt has.
+        names: What components are called.
+        n_null: How often components are drawn at random.
+        seed: For that.
+
+    Returns:
+        One row per component, and the 95th percentile of the variance of `often` where they are drawn.
+    """
     stats = extra("scipy.stats", "study", "statistics")
-    entered = np.stack([*prompts["entered"]])
-    present = entered <= (share * prompts["n_edges"].to_numpy(float))[:, None]
     n, n_components = present.shape
-    chance = present.mean(1)  # of a component of a prompt, if they were drawn
-    often, expected = present.mean(0), float(chance.mean())
+    chance = present.mean(1)  # of any one component of a prompt, if they were drawn
+    n_often = present.sum(0)
+    # prompts are independent draws with chances of their own; rounding must not make a p of 1.0000001
+    drawn = stats.poisson_binom(chance)
+    p = np.minimum(1, 2 * np.minimum(drawn.cdf(n_often), drawn.sf(n_often - 1)).clip(0))
     generator = np.random.default_rng(seed)
     null = np.empty(n_null)
     for draw in range(n_null):
         order = generator.random((n, n_components)).argsort(1)
         null[draw] = (order < present.sum(1)[:, None]).mean(0).var()
-    # a sum of n draws with different chances: a normal distribution is close where n is some dozens
-    deviation = max(float(np.sqrt((chance * (1 - chance)).sum()) / n), 1e-300)
-    p = 2 * stats.norm.sf(np.abs(often - expected) / deviation)
-    made: Any = DataFrame({
-        "component": component_names(prompts, n_components), "often": often, "expected": expected, "p": p,
-        "p_holm": holm(p),
+    made = DataFrame({
+        "component": [*names], "often": n_often / n, "expected": float(chance.mean()), "p": p, "p_holm": holm(p),
     })  # fmt: skip
-    return made, float(often.var()), float(np.quantile(null, 0.95)) if n_null else np.nan
-
-
-def component_names(prompts: Any, n_components: int) -> list[str]:
-    """Names of components in the order of the column `entered`, as far as they are known: else numbers."""
-    about = prompts.attrs.get("sweep", {}).get("components")
-    return list(about) if about and len(about) == n_components else [str(each) for each in range(n_components)]
+    return made, float(np.quantile(null, 0.95)) if n_null else np.nan
 
 
 def _phases(prompts: Any, points: Any, draws: list[np.ndarray]) -> dict[str, Phases]:

@@ -17,7 +17,7 @@ from tracedensity.study.contexts import Context, Corpus, Cut
 from tracedensity.study.counts import Counts, count_tokens
 from tracedensity.study.engines import here, in_processes, on_ray
 from tracedensity.study.folder import Folder, read_sweep, sweep_of
-from tracedensity.study.table import TableName, component_names
+from tracedensity.study.table import TableName, named_in
 from tracedensity.study.work import Done, Part, Work, Worker, density_options
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def sweep(
     about = {
         "model": transformer.name,
         "fingerprint": transformer.fingerprint(),
-        "components": component_names(transformer, options["graph"]),
+        **named_in(transformer, options["graph"]),
         "prompts": corpus.about,
         "counts": None if counts is None else {"name": counts.name, "digest": counts.digest},
         "options": options,

@@ -246,13 +246,14 @@ def curve_rows(curve: DensityCurve) -> dict[TableName, list[Row]]:
     return {"prompts": [prompt], "thresholds": thresholds, "points": points}
 
 
-def component_names(model: Transformer, graph: str) -> list[str]:
-    """Names of components in the order of the column `entered`.
+def named_in(model: Transformer, kind: str) -> dict[str, list[str]]:
+    """Names of components in the order of the column `entered`, and of parts in that of `by_part`.
 
     Raises:
         ValueError: If the model has no such graph.
     """
-    return list(by_component(TokenGraph.of(model, 1) if graph == "token" else ComponentGraph.of(model)).columns)
+    graph = TokenGraph.of(model, 1) if kind == "token" else ComponentGraph.of(model)
+    return {"components": list(by_component(graph).columns), "parts": list(by_part(graph).columns)}
 
 
 def first_entries(curve: DensityCurve) -> Int[Tensor, " component"]:
