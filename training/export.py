@@ -3,9 +3,8 @@
 python -m training.export RUN --model books-gpt2 --valid FILE --out tracedensity/assets
 """
 
-import json
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated
 
 import torch
 import typer
@@ -13,7 +12,7 @@ from tokenizers import Tokenizer
 
 from training.corpus import BOS
 from training.measure import bits_per_byte, induction
-from training.train import N_CTX, N_ENTRIES, build, load, optimizers
+from training.train import N_CTX, N_ENTRIES, build, load, optimizers, write
 
 _SHAPES = {
     "books-gpt2": "GPT-2: LayerNorm, learned positions, biases, GELU; 4 layers, width 192, 6 heads of 32, MLP of 768",
@@ -71,13 +70,7 @@ def main(
     if run is not None:
         net = build(model)
         load(run / "checkpoint.safetensors", net, optimizers(net, 1.0))
-        folder = out / model
-        cast(Any, net).half().save_pretrained(folder)
-        config = json.loads((folder / "config.json").read_text())
-        if config["model_type"] == "gpt2":
-            config["activation_function"] = "gelu_new"  # the same function under the name that all libraries know
-        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        (folder / "generation_config.json").unlink(missing_ok=True)
+        write(net, out / model)
     home = check or out
     net = weights(home, model)
     tokenizer = Tokenizer.from_file(str(home / "tokenizer" / "tokenizer.json"))

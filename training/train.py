@@ -10,8 +10,9 @@ same batches. The learning rate is constant after the warm-up and falls to zero 
 import json
 import math
 import time
+from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import typer
@@ -20,7 +21,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from training.corpus import BOS_ID, batches, text_files, token_ids, train_tokenizer
+from training.corpus import BOS, BOS_ID, batches, text_files, token_ids, train_tokenizer
 from training.measure import bits_per_byte, induction
 
 N_CTX = 256
@@ -99,6 +100,30 @@ def load(path: Path, model: nn.Module, opts: list[torch.optim.Optimizer]) -> int
     return step
 
 
+def write(model: nn.Module, folder: Path) -> None:
+    """The weights in half precision, in Hugging Face layout."""
+    copy = deepcopy(model).cpu().half()
+    cast(Any, copy).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    if config["model_type"] == "gpt2":
+        config["activation_function"] = "gelu_new"  # the same function under the name that all libraries know
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (folder / "generation_config.json").unlink(missing_ok=True)
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """A tokenizer beside a model, so that the folder is all that is needed."""
+    import transformers
+
+    special: Any = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), BOS)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+
+
+def kept_steps(n_steps: int, n: int) -> set[int]:
+    """So many steps to keep a model of: random weights, and then four times as many steps each time."""
+    return {0 if number == 0 else math.ceil(n_steps / 4 ** (n - 1 - number)) for number in range(n)}
+
+
 def main(
     folder: Annotated[Path, typer.Argument(help="A folder of UTF-8 text files.")],
     model: Annotated[str, typer.Option(help="books-gpt2 or books-llama")] = "books-gpt2",
@@ -113,6 +138,7 @@ def main(
     repeated: Annotated[float, typer.Option(help="Share of windows that repeat a segment.")] = 0.04,
     seed: Annotated[int, typer.Option(help="Fixes weights and order of the text.")] = 0,
     every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
+    keep: Annotated[int, typer.Option(help="Models to keep in steps/: those of 0, ..., 1/16, 1/4, all steps.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves it to PyTorch.")] = 0,
     compiled: Annotated[bool, typer.Option(help="Compile the loss (needs a C compiler).")] = True,
 ) -> None:
@@ -149,6 +175,15 @@ def main(
     step_loss = torch.compile(loss_of) if compiled else loss_of
     stream = batches(ids, n_ctx=N_CTX, n_entries=N_ENTRIES, batch=batch, repeated=repeated, seed=seed, first_step=done)
     started, smooth = time.perf_counter(), float("nan")
+    kept = kept_steps(n_steps, keep)
+
+    def keep_model(step: int) -> None:
+        if step in kept:
+            folder = out / "steps" / f"step-{step:06d}"
+            write(net, folder)
+            write_tokenizer(bpe, folder)
+
+    keep_model(done)
     bar = tqdm(range(done, n_steps), initial=done, total=n_steps, desc=model, mininterval=10)
     for step in bar:
         text, counted = (x.to(device) for x in next(stream))
@@ -162,6 +197,7 @@ def main(
         value = loss.item()
         if not math.isfinite(value):
             raise RuntimeError(f"the loss is {value} at step {step}; start again with a smaller `--lr`.")
+        keep_model(step + 1)
         smooth = value if math.isnan(smooth) else 0.98 * smooth + 0.02 * value
         bar.set_postfix(loss=f"{smooth:.3f}", refresh=False)
         if (step + 1) % every == 0 or step + 1 == n_steps:

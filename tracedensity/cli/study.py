@@ -71,6 +71,10 @@ def sweep(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder to write, or to go on with.")],
     model: ModelOption = None,
+    checkpoints: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Every model in this folder, each into a folder of its own in DIR."),
+    ] = None,
     context_words: Annotated[
         int | None,
         typer.Option(metavar="N", help="Cut text into contexts of so many words; the next word is the target."),
@@ -165,15 +169,19 @@ def sweep(
         ablation=ablation, steps=steps, ungroup=ungroup, keep_residual=keep_residual, attention=attention,
         baselines=False if no_baselines else None, position=position, seed=seed,
     )  # fmt: skip
-    with quiet():
-        done = td.sweep(
-            "books-gpt2" if model is None else model, prompts, out, counts=counts or None,
-            loading={**only_given(device=device), **wanted}, **options,
-        )  # fmt: skip
-    if as_json:
-        typer.echo(json.dumps({**vars(done), "path": str(done.path)}))
-    else:
-        typer.echo(done)
+    if model is not None and checkpoints is not None:
+        raise ValueError("`--model` must be left out with `--checkpoints`, which are the models.")
+    models = {"": "books-gpt2" if model is None else model}
+    if checkpoints is not None:
+        models = {path.name: str(path) for path in td.study.checkpoints(checkpoints)}
+        out.mkdir(exist_ok=True)
+    for name, each in models.items():
+        with quiet():
+            done = td.sweep(
+                each, prompts, out / name, counts=counts or None, loading={**only_given(device=device), **wanted},
+                **options,
+            )  # fmt: skip
+        typer.echo(json.dumps({**vars(done), "path": str(done.path)}) if as_json else done)
 
 
 @study.command()
@@ -274,6 +282,35 @@ def compare(
             ),
         )
     _finish("The density of different models", found, found.table, csv, html, [found.plot()] if html else [])
+
+
+@study.command()
+def trend(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR DIR...", help="Sweeps in their order; or one folder of sweeps.")
+    ],
+    against: Annotated[
+        Literal["previous", "first"] | None,
+        typer.Option(help="What each is compared with.", show_default="previous"),
+    ] = None,
+    outcome: OutcomeOption = None,
+    threshold: ThresholdOption = None,
+    bootstrap: BootstrapOption = None,
+    permutations: PermutationsOption = None,
+    seed: SeedOption = None,
+    csv: CsvOption = None,
+    html: HtmlOption = None,
+) -> None:
+    """How density goes from sweep to sweep: over the checkpoints of a training, over languages."""
+    with quiet():
+        found = td.study.trend(
+            folders[0] if len(folders) == 1 else {folder.name: td.read_sweep(folder) for folder in folders},
+            **only_given(
+                outcome=outcome, threshold=threshold, against=against, n_bootstrap=bootstrap,
+                n_permutations=permutations, seed=seed,
+            ),
+        )  # fmt: skip
+    _finish("Density from sweep to sweep", found, found.table, csv, html, [found.plot()] if html else [])
 
 
 @study.command()

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from tracedensity.study.inventory import Contents, contents
     from tracedensity.study.knees import Thresholds, thresholds
     from tracedensity.study.nested import Lengths, lengths
+    from tracedensity.study.series import Trend, checkpoints, trend
     from tracedensity.study.shapley import ShapValues, shap_values
 
 # As in the package above: nothing is imported before it is used, and no module is named like a function.
@@ -22,6 +23,8 @@ _PUBLIC = {
     "Lengths": "nested",
     "ShapValues": "shapley",
     "Thresholds": "knees",
+    "Trend": "series",
+    "checkpoints": "series",
     "compare": "comparison",
     "contents": "inventory",
     "count_tokens": "counts",
@@ -29,6 +32,7 @@ _PUBLIC = {
     "lengths": "nested",
     "shap_values": "shapley",
     "thresholds": "knees",
+    "trend": "series",
     "with_covariates": "covariates",
 }
 
@@ -40,6 +44,8 @@ __all__ = [
     "Lengths",
     "ShapValues",
     "Thresholds",
+    "Trend",
+    "checkpoints",
     "compare",
     "contents",
     "count_tokens",
@@ -47,6 +53,7 @@ __all__ = [
     "lengths",
     "shap_values",
     "thresholds",
+    "trend",
     "with_covariates",
 ]
 

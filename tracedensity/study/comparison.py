@@ -95,7 +95,7 @@ def compare(
     if not isinstance(tables, Mapping) or len(tables) < 2:
         raise ValueError("`tables` must be the prompts of two or more sweeps, by what to call them.")
     names = [*tables]
-    known = {name: _unique(table) for name, table in tables.items()}
+    known = {name: unique_prompts(table) for name, table in tables.items()}
     if unknown := [name for name in others or {} if name not in known]:
         raise ValueError(f"`others` must be of models in `tables`, {names}, got {unknown}.")
     common = sorted(set.intersection(*(set(table.index) for table in known.values())))
@@ -146,7 +146,7 @@ def compare(
     )  # fmt: skip
 
 
-def _unique(table: DataFrame) -> Any:
+def unique_prompts(table: DataFrame) -> Any:
     """Prompts by their text, those that were run, each once."""
     require_prompts(table)
     known: Any = table[table["error"].isna()]
@@ -165,7 +165,7 @@ def _reliability(
         halves = np.array([half_areas(*row) for row in zip(table["sizes"], table["faithfulness"], strict=True)])
         found[name] = {"halves": float(rank_correlations(halves)[0, 1]), "method": np.nan}
         if name in others:
-            other = _unique(others[name])
+            other = unique_prompts(others[name])
             both = [each for each in table.index if each in other.index]
             if len(both) > 2:
                 place = {each: number for number, each in enumerate(table.index)}

@@ -90,7 +90,7 @@ class Contents:
 
 
 def contents(
-    path: str | PathLike[str], *, share: float = 0.01, n_bootstrap: int = 500, n_null: int = 1000, seed: int = 0
+    path: str | PathLike[str], *, share: float | int = 0.01, n_bootstrap: int = 500, n_null: int = 1000, seed: int = 0
 ) -> Contents:
     """What the circuits of a sweep hold, size by size.
 
