@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from planted import planted
+from tokenizers import Tokenizer
 
 import tracedensity as td
 from tracedensity.cli import main
 from tracedensity.study.table import SCHEMA, TABLES
+from training.train import build, write, write_tokenizer
 
 TEXT = "\n\n".join(
     f"Once upon a time there {verb} a little {who} in the old house near the {place}, and every day they went to "
@@ -85,6 +88,36 @@ def test_models_are_compared_by_their_folders(folder, tmp_path, capsys):
     assert "two or more" in capsys.readouterr().err
 
 
+def test_checkpoints_are_swept_one_after_another_and_followed(folder, tmp_path, capsys):
+    tokenizer = Tokenizer.from_file(str(Path(td.__file__).parent / "assets" / "tokenizer" / "tokenizer.json"))
+    for step in (2, 10):
+        torch.manual_seed(step)
+        write(build("books-gpt2"), tmp_path / "steps" / f"step-{step}")
+        write_tokenizer(tokenizer, tmp_path / "steps" / f"step-{step}")
+    command = ["sweep", str(folder / "tales.txt"), "--checkpoints", f"{tmp_path}/steps", "-o", f"{tmp_path}/out"]
+    options = ["--context-tokens", "8", "--limit", "6", "--thresholds", "0.5", "--no-baselines", "--json"]
+    assert main([*command, *options]) == 0, capsys.readouterr().err
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [Path(each["path"]).name for each in said] == ["step-2", "step-10"]
+    page = tmp_path / "page.html"
+    few = ["--bootstrap", "10", "--permutations", "20", "--html", str(page)]
+    assert main(["study", "trend", str(tmp_path / "out"), *few]) == 0, capsys.readouterr().err
+    assert "step-10" in capsys.readouterr().out and page.read_text().count('class="plotly-graph-div"') == 1
+    assert main([*command, "--model", "books-gpt2"]) == 2
+    assert "`--model` must be left out" in capsys.readouterr().err
+
+
+def test_text_in_other_languages_and_scripts_is_swept(tmp_path):
+    text = "Es war einmal ein alter Mann.\n\n從前有一個老人。\n\nЖил-был старик у самого синего моря.\n\nكان يا ما كان"  # noqa: RUF001
+    (tmp_path / "others.txt").write_text(text, encoding="utf-8")
+    done = td.sweep(
+        "books-gpt2", tmp_path / "others.txt", tmp_path / "out", context_tokens=8, baselines=False, progress=False
+    )
+    table = done.table()
+    assert done.n_errors == 0 and table["document"].nunique() == 4
+    assert (table["surprisal"] > 0).all() and (table["n_tokens"] == 9).all()
+
+
 def test_what_is_no_sweep_is_one_sentence(tmp_path, capsys):
     for command in ("factors", "lengths", "thresholds", "shap", "contents"):
         assert main(["study", command, str(tmp_path)]) == 2
@@ -106,6 +139,7 @@ def test_every_figure_of_a_study_can_be_drawn_light_and_dark():
         td.study.factors(table, outcomes=("auc",), **few),
         td.study.compare({"a": table, "b": planted(60, 1)}, **few),
         td.study.thresholds(table, n_bootstrap=10),
+        td.study.trend({"a": table, "b": planted(60, 1)}, **few),
     ]
     for each in found:
         for theme in ("light", "dark"):

@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -328,6 +329,25 @@ def test_several_processes_write_what_one_writes(tmp_path):
     td.sweep("books-gpt2", prompts, tmp_path / "one", workers=1, **options)
     td.sweep("books-gpt2", prompts, tmp_path / "two", workers=2, **options)
     assert files(tmp_path / "one") == files(tmp_path / "two")
+
+
+def test_two_workers_of_ray_write_what_one_process_writes(tmp_path):
+    given = {"part_size": 3, "baselines": False, "progress": False, "thresholds": (0.5,)}
+    prompts = [[0, *prompt] for prompt in drawn(12)]
+    td.sweep("books-gpt2", prompts, tmp_path / "here", workers=1, **given)
+    # Ray stays as long as its process does, so it has one of its own
+    script = (
+        "import json, sys, tracedensity as td\n"
+        "prompts, given = (json.loads(sys.argv[place]) for place in (1, 3))\n"
+        "done = td.sweep('books-gpt2', prompts, sys.argv[2], engine='ray', workers=2, **given)\n"
+        "print(done.n_made, done.n_errors)"
+    )
+    given_on = [json.dumps(prompts), str(tmp_path / "ray"), json.dumps(given)]
+    command = [sys.executable, "-W", "ignore", "-c", script, *given_on]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["12", "0"]
+    assert files(tmp_path / "ray") == files(tmp_path / "here")
 
 
 def test_a_full_disk_is_one_sentence_and_loses_nothing(tiny_gpt2, whole, tmp_path):

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
+import tracedensity as td
 from training import train
 from training.corpus import BOS_ID, batches, repeated_window, text_windows, train_tokenizer
 from training.measure import bits_per_byte, induction
@@ -69,7 +70,7 @@ def test_bits_per_byte_by_hand(tmp_path):
 def test_an_interrupted_run_ends_as_a_whole_one(tmp_path, monkeypatch, name):
     (tmp_path / "train-0.txt").write_text("Call me Ishmael. Some years ago, never mind how long precisely.\n" * 400)
     options = {"model": name, "tokens": 4 * 2 * 256, "batch": 2, "every": 2, "compiled": False, "threads": 1}
-    train.main(tmp_path, out=tmp_path / "whole", **options)
+    train.main(tmp_path, out=tmp_path / "whole", keep=2, **options)
 
     save, calls = train.save, []
 
@@ -83,6 +84,12 @@ def test_an_interrupted_run_ends_as_a_whole_one(tmp_path, monkeypatch, name):
         train.main(tmp_path, out=tmp_path / "parts", **options)
     monkeypatch.setattr(train, "save", save)
     train.main(tmp_path, out=tmp_path / "parts", **options)
+
+    kept = td.study.checkpoints(tmp_path / "whole" / "steps")
+    assert [path.name for path in kept] == ["step-000000", "step-000004"]
+    before, after = (td.load_model(path) for path in kept)
+    assert before.tokenizer.decode(before.to_tokens("Call me Ishmael.")[0]) == "<|endoftext|>Call me Ishmael."
+    assert not torch.equal(before.W_E, after.W_E) and td.load_model(kept[1]).cfg.n_layers == 4
 
     whole, parts = (load_file(tmp_path / run / "checkpoint.safetensors") for run in ("whole", "parts"))
     assert whole.keys() == parts.keys()

@@ -117,7 +117,7 @@ def contents(
     rows = _by_size(prompts, points, draws)
     present = np.stack([*prompts["entered"]]) <= (share * prompts["n_edges"].to_numpy(float))[:, None]
     recurrence, null_spread = recurrence_of(present, prompts.attrs["sweep"]["components"], n_null, seed)
-    spread = float(recurrence["often"].var(ddof=0))
+    spread = float(recurrence["often"].to_numpy(float).var())
     return Contents(rows, recurrence, share, spread, null_spread, _phases(prompts, points, draws), len(prompts))
 
 
