@@ -1,0 +1,142 @@
+"""What the findings rest on: models, texts, and the sweeps of one over the other."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tracedensity as td
+from training.train import build, write
+
+WORDS = 20
+"""Words of a context. The papers take 40, which these models read as 60 to 150 tokens."""
+
+LENGTHS = (8, 16, 32, 64)
+"""Tokens of nested contexts."""
+
+THRESHOLDS = (0.5, 0.8, 0.9)
+"""Faithfulnesses at which sizes are taken."""
+
+TRAINED = ("books-gpt2", "books-llama", "stories260K")
+RANDOM = "random"
+"""The architecture of books-gpt2 with weights that were drawn: the null control."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A sweep.
+
+    Attributes:
+        model: Which model.
+        corpus: Which text.
+        kind: What for.
+        limit: How many contexts.
+        options: Options of `td.sweep`.
+    """
+
+    model: str
+    corpus: str
+    kind: str
+    limit: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}-{self.corpus}-{self.kind}"
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where things lie.
+
+    Attributes:
+        data: Folder with ``wikitext2`` and ``books``.
+        models: Folder with ``stories260K``, which may be absent.
+        out: Folder of the sweeps, which goes on where it ended.
+    """
+
+    data: Path
+    models: Path
+    out: Path
+
+    def model(self, name: str) -> str | None:
+        """What `td.load_model` takes for a model; None if it is not there.
+
+        The random one is made when it is first asked for.
+        """
+        if name == "stories260K":
+            folder = self.models / name
+            return str(folder) if (folder / "config.json").is_file() else None
+        if name != RANDOM:
+            return name
+        folder = self.out / "models" / RANDOM
+        if not (folder / "config.json").is_file():
+            torch.manual_seed(0)
+            write(build("books-gpt2"), folder)
+            tokenizer = Path(td.__file__).parent / "assets" / "tokenizer"
+            for file in tokenizer.iterdir():
+                (folder / file.name).write_bytes(file.read_bytes())
+        return str(folder)
+
+    def text(self, corpus: str) -> tuple[Path, Path]:
+        """The text of a corpus, and another of its kind in which tokens are counted.
+
+        Raises:
+            ValueError: If they are not there.
+        """
+        files = {
+            "wikitext": ("wikitext2/test.txt", "wikitext2/valid.txt"),
+            "books": ("books/valid.txt", "books/train-0.txt"),
+        }[corpus]
+        text, counted = (self.data / file for file in files)
+        if not (text.is_file() and counted.is_file()):
+            raise ValueError(f"`--data` must hold {files[0]} and {files[1]}, got {self.data}.")
+        return text, counted
+
+
+DOCUMENTS: Mapping[str, int] = {"wikitext": 50, "books": 9}
+"""From so many articles, or books, as many contexts each; WikiText's test part has some articles more."""
+
+
+def studies(n: int) -> list[Study]:
+    """All sweeps: `n` contexts of each model and corpus, fewer of the same where it is dear."""
+    words: dict[str, Any] = {"context_words": WORDS}
+    no_baselines = {"baselines": False}  # they take as long as the rest
+    found = []
+
+    def add(model: str, corpus: str, kind: str, limit: int, **options: Any) -> None:
+        n_groups = limit // len(LENGTHS) if kind == "nested" else limit
+        each = {"per_document": math.ceil(n_groups / DOCUMENTS[corpus]), "thresholds": THRESHOLDS}
+        found.append(Study(model, corpus, kind, limit, {**each, **options}))
+
+    for model in (*TRAINED, RANDOM):
+        add(model, "wikitext", "norm", n, **words)
+        add(model, "wikitext", "flow", max(n // 3, 12), method="flow", **words, **no_baselines)
+        add(model, "wikitext", "nested", max(n, 48), context_tokens=LENGTHS, **no_baselines)
+        if model != RANDOM:
+            add(model, "books", "norm", n, **words, **no_baselines)
+            add(model, "wikitext", "tight", max(n // 16, 12), method="best", refine=True, **words, **no_baselines)
+    return found
+
+
+def run(study: Study, places: Places, counts: dict[tuple[str, str], Any]) -> td.Sweep | None:
+    """Run a sweep, or go on with it; None where there is no such model.
+
+    Args:
+        study: The sweep.
+        places: Where things lie.
+        counts: Counts of tokens, by tokenizer and corpus, which grows.
+    """
+    model = places.model(study.model)
+    if model is None:
+        return None
+    text, counted = places.text(study.corpus)
+    key = ("stories" if study.model == "stories260K" else "books", study.corpus)
+    if key not in counts:
+        counts[key] = td.study.count_tokens(model, counted)
+    return td.sweep(
+        model, text, places.out / study.name, counts=counts[key], limit=study.limit, part_size=32, **study.options
+    )
