@@ -1,6 +1,6 @@
-"""The findings: for each a question, numbers with intervals and null controls, figures, and a verdict by a rule.
+"""The findings: numbers with intervals and null controls, figures, and verdicts by rules, for `page.md` to say.
 
-The rules were written before the sweeps were run, and are on the page beside what they say.
+The rules, and the constants below, were written before the sweeps were run.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float, Int
-from pandas import DataFrame
 
 import tracedensity as td
-from studies.corpora import RANDOM, THRESHOLDS, TRAINED, WORDS
-from tracedensity.plot.theme import COLOURS, finished, share_ticks
+from studies.corpora import RANDOM, THRESHOLDS, TRAINED
+from tracedensity.plot.theme import COLOURS, finished, percent
 from tracedensity.study.comparison import half_areas, unique_prompts
+from tracedensity.study.covariates import outcome_of
 from tracedensity.study.statistics import codes, interval, rank_correlations, resampled
 
 DENSE, SPARSE = 0.5, 0.1
@@ -27,8 +27,12 @@ RANGE = 3
 """Sizes of the 90th over that of the 10th percentile from which density is called dynamic."""
 
 SIGNIFICANT = 0.05
+_TARGET = THRESHOLDS[-1]
 _DRAWS = 1000
 _HUES = (COLOURS["head"], COLOURS["mlp"], COLOURS["circuit"], COLOURS["residual"])
+
+Row = dict[str, Any]
+Estimate = tuple[float, float, float]  # and its interval
 
 
 @dataclass(frozen=True)
@@ -36,20 +40,16 @@ class Finding:
     """An answer.
 
     Attributes:
-        key: Its letter.
-        question: What is asked.
-        rule: How numbers become a verdict.
-        verdict: What it says.
-        text: Numbers, as Markdown.
-        figures: By the words that stand in for them.
+        verdict: What the rule says.
+        table: The numbers, as Markdown.
+        figures: By what they are of; the main one by nothing.
+        also: Other numbers that the page asks for, by name.
     """
 
-    key: str
-    question: str
-    rule: str
     verdict: str
-    text: str
+    table: str
     figures: Mapping[str, go.Figure]
+    also: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Sweeps:
     @cached_property
     def trained(self) -> list[str]:
         """The trained models that were swept."""
-        return [name for name in TRAINED if (self.folder / f"{name}-wikitext-norm").is_dir()]
+        return [name for name in TRAINED if self.path(name).is_dir()]
 
     def path(self, model: str, corpus: str = "wikitext", kind: str = "norm") -> Path:
         return self.folder / f"{model}-{corpus}-{kind}"
@@ -74,97 +74,73 @@ class Sweeps:
         return td.read_sweep(self.path(model, corpus, kind), table)
 
 
-def findings(sweeps: Sweeps) -> list[Finding]:
-    """All of them."""
-    every = [dense(sweeps), dynamic(sweeps), shared(sweeps), rare(sweeps), long(sweeps), phases(sweeps)]
-    return [*every, *([training(sweeps)] if (sweeps.folder / "steps").is_dir() else [])]
-
-
 # -- (a) ---------------------------------------------------------------------------------------------
 
 
 def dense(sweeps: Sweeps) -> Finding:
     """Is processing dense?"""
-    rows, said, figure = [], {"published": [], "tight": []}, go.Figure()
-    for number, model in enumerate(sweeps.trained):
-        for corpus in ("wikitext", "books"):
-            known = sweeps.prompts(model, corpus, table="thresholds")
-            row: dict[str, Any] = {"model": model, "text": corpus, "estimator": "published"}
-            medians = [median(each, known) for each in _by_threshold(known)]
-            rows.append({**row, **dict(zip(_AT, map(_percent, medians), strict=True)), "n": known["index"].nunique()})
-            said["published"].append(medians[-1][0])
-            if corpus == "wikitext":
-                _quartiles(figure, known, f"{model}, published", _HUES[number], "solid")
-        known = sweeps.prompts(model, kind="tight", table="thresholds")
-        row = {"model": model, "text": "wikitext", "estimator": "tight"}
-        medians = [median(each, known) for each in _by_threshold(known)]
-        rows.append({**row, **dict(zip(_AT, map(_percent, medians), strict=True)), "n": known["index"].nunique()})
-        said["tight"].append(medians[-1][0])
-        _quartiles(figure, known, f"{model}, tight", _HUES[number], "dot")
-    ratios = []
+    rows: list[Row] = []
+    words: dict[str, list[str]] = {}
+    figure = go.Figure()
+
+    def add(model: str, corpus: str, kind: str, estimator: str) -> None:
+        known = sweeps.prompts(model, corpus, kind, "thresholds")
+        at = {threshold: known[known["threshold"] == threshold] for threshold in THRESHOLDS}
+        found = {threshold: _median(each) for threshold, each in at.items()}
+        shares = {f"at {threshold:g}": _percent(each) for threshold, each in found.items()}
+        n = known["index"].nunique()
+        rows.append({"model": model, "text": corpus, "estimator": estimator, **shares, "contexts": n})
+        middle = found[_TARGET][0]
+        words.setdefault(estimator, []).append(
+            "dense" if middle > DENSE else "sparse" if middle < SPARSE else "in between"
+        )
+        if corpus == "wikitext":
+            dash = {"published": "solid", "tight": "dot"}[estimator]
+            _quartiles(figure, at.values(), f"{model}, {estimator}", _HUES[sweeps.trained.index(model)], dash)
+
     for model in sweeps.trained:
-        tight = sweeps.prompts(model, kind="tight", table="thresholds")
-        published = sweeps.prompts(model, table="thresholds")
-        both = tight.merge(published, on=["id", "threshold"], suffixes=("", "_published"))
-        both = both[both["threshold"] == THRESHOLDS[-1]]
-        ratio = np.log(both["size_published"].to_numpy(float) / both["size"].to_numpy(float))
-        low, high = _bootstrap(ratio, both["document"], np.mean)
-        ratios.append(f"{model} {np.exp(ratio.mean()):.1f} ({np.exp(low):.1f} to {np.exp(high):.1f})")
-    null = []
-    for model in (*sweeps.trained, RANDOM):
-        known = sweeps.prompts(model)
-        gain = (known["auc_random"] - known["auc_coarse"]).to_numpy(float)
-        low, high = _bootstrap(gain, known["document"], np.mean)
-        better = float((gain > 0).mean())
-        null.append(f"{model} {gain.mean():.2f} ({low:.2f} to {high:.2f}; better for {better:.0%})")
-    words = {name: [_word(each) for each in values] for name, values in said.items()}
-    verdict = _agreed(
-        {name: all(each == "dense" for each in found) for name, found in words.items()},
-        {name: not any(each == "dense" for each in found) for name, found in words.items()},
-    )
-    verdict += "; " + "; ".join(f"{name}: {', '.join(dict.fromkeys(found))}" for name, found in words.items())
+        add(model, "wikitext", "norm", "published")
+        add(model, "books", "norm", "published")
+        add(model, "wikitext", "tight", "tight")
     finished(
         figure, "How much of the network a prediction needs", ["share of all edges, median and quartiles", "WikiText"],
         plot_height=300, left=84,
     )  # fmt: skip
     figure.update_xaxes(title="faithfulness", tickvals=[*THRESHOLDS], range=[0.42, 0.98])
-    figure.update_yaxes(title="share of all edges", **_log_axis())
-    text = "\n\n".join([
-        _table(DataFrame(rows)),
-        "Median share of all edges that the smallest circuit has, with the interval of a bootstrap over documents. The "
-        "published estimator takes edges by their share of a state and follows them from the output; the tight one "
-        "searches, for 400 forward passes, and both are upper bounds.",
-        f"Published over tight at {THRESHOLDS[-1]:g}, geometric mean over the same contexts: {', '.join(ratios)}.",
-        "**Null control**: areas under the curves of random connected circuits minus those of the published ones, at the same sizes "
-        f"(larger: the order of edges matters): {', '.join(null)}.",
-    ])  # fmt: skip
-    return Finding(
-        "a", "Is processing dense?",
-        f"Dense, if the median context needs more than {DENSE:.0%} of all edges for {THRESHOLDS[-1]:.0%} faithfulness; sparse "
-        f"below {SPARSE:.0%}. Reproduced if dense for all models and texts under both estimators.",
-        verdict, text, {"Shares of all edges at three faithfulnesses, by model and estimator": figure},
-    )  # fmt: skip
+    figure.update_yaxes(title="share of all edges", **_shares())
+    is_dense = {name: [each == "dense" for each in found] for name, found in words.items()}
+    kinds = "; ".join(f"{name} {', '.join(dict.fromkeys(found))}" for name, found in words.items())
+    also = {
+        "ratios": _each(sweeps.trained, lambda model: _ratio(sweeps, model)),
+        "null": _each([*sweeps.trained, RANDOM], lambda model: _gain(sweeps.prompts(model))),
+    }
+    return Finding(f"{_verdict(is_dense)}: {kinds}", _table(rows), {"": figure}, also)
 
 
-_AT = tuple(f"at {threshold:g}" for threshold in THRESHOLDS)
+def _ratio(sweeps: Sweeps, model: str) -> str:
+    """Size of the published circuits over that of the tight ones, of the same contexts."""
+    tight, published = (sweeps.prompts(model, kind=kind, table="thresholds") for kind in ("tight", "norm"))
+    both = tight.merge(published, on=["id", "threshold"], suffixes=("", "_published"))
+    both = both[both["threshold"] == _TARGET]
+    ratio = np.log(both["size_published"].to_numpy(float) / both["size"].to_numpy(float))
+    low, high = np.exp(_bootstrap(ratio, both["document"], np.mean))
+    return f"{np.exp(ratio.mean()):.1f} ({low:.1f} to {high:.1f})"
 
 
-def _by_threshold(known: Any) -> Iterable[Any]:
-    return (known[known["threshold"] == threshold] for threshold in THRESHOLDS)
+def _gain(known: Any) -> str:
+    """How much larger the area of random circuits is."""
+    gain = (known["auc_random"] - known["auc_coarse"]).to_numpy(float)
+    low, high = _bootstrap(gain, known["document"], np.mean)
+    return f"{gain.mean():.2f} ({low:.2f} to {high:.2f}, above zero for {(gain > 0).mean():.0%})"
 
 
-def median(rows: Any, known: Any) -> tuple[float, float, float]:
-    """The median fraction, with its interval."""
+def _median(rows: Any) -> Estimate:
     values = rows["fraction"].to_numpy(float)
     return float(np.median(values)), *_bootstrap(values, rows["document"], np.median)
 
 
-def _word(fraction: float) -> str:
-    return "dense" if fraction > DENSE else "sparse" if fraction < SPARSE else "in between"
-
-
-def _quartiles(figure: go.Figure, known: Any, name: str, colour: str, dash: str) -> None:
-    values = [rows["fraction"].to_numpy(float) for rows in _by_threshold(known)]
+def _quartiles(figure: go.Figure, rows: Iterable[Any], name: str, colour: str, dash: str) -> None:
+    values = [each["fraction"].to_numpy(float) for each in rows]
     low, middle, high = (np.array([np.quantile(each, q) for each in values]) for q in (0.25, 0.5, 0.75))
     figure.add_scatter(
         x=THRESHOLDS, y=middle, name=name, mode="lines+markers", line={"color": colour, "dash": dash},
@@ -177,70 +153,58 @@ def _quartiles(figure: go.Figure, known: Any, name: str, colour: str, dash: str)
 
 def dynamic(sweeps: Sweeps) -> Finding:
     """Does density differ between inputs by more than its measurement's noise?"""
-    rows, wide, real, figure = [], [], [], go.Figure()
-    for number, model in enumerate((*sweeps.trained, RANDOM)):
+    rows: list[Row] = []
+    holds: dict[str, list[bool]] = {}
+    figure = go.Figure()
+    for hue, model in zip(_HUES, (*sweeps.trained, RANDOM), strict=False):
         known = unique_prompts(sweeps.prompts(model))
-        sizes = 10 ** td.study.with_covariates(known.reset_index()).pipe(_sizes)
-        ratio = float(np.quantile(sizes, 0.9) / np.quantile(sizes, 0.1))
-        low, high = _bootstrap(sizes, known["document"], lambda each: np.quantile(each, 0.9) / np.quantile(each, 0.1))
-        halves = np.array([half_areas(*row) for row in zip(known["sizes"], known["faithfulness"], strict=True)])
         other = unique_prompts(sweeps.prompts(model, kind="flow"))
-        both = np.stack([known.loc[other.index, "auc"], other["auc"]], axis=1)
+        size = 10 ** outcome_of(known, "size", _TARGET)
+        low, high = _bootstrap(size, known["document"], _range)
+        halves = np.array([half_areas(*row) for row in zip(known["sizes"], known["faithfulness"], strict=True)])
         upper = _correlation(halves, known["document"])
+        both = np.stack([known.loc[other.index, "auc"], other["auc"]], axis=1)
         lower = _correlation(both, other["document"])
+        area = known["auc"].to_numpy(float)
         rows.append({
-            "model": model, "SD of the area": f"{known['auc'].std():.3f}",
-            f"size at {THRESHOLDS[-1]:g}, 90th / 10th percentile": f"{ratio:.1f} ({low:.1f} to {high:.1f})",
-            "two halves of the sizes": _estimate(upper), "another scoring of edges": _estimate(lower),
+            "model": model,
+            "SD of the area": f"{area.std(ddof=1):.3f}",
+            f"sizes at {_TARGET:g}, 90th / 10th percentile": f"{_range(size):.1f} ({low:.1f} to {high:.1f})",
+            "correlation of halves": _estimate(upper),
+            "with another scoring": _estimate(lower),
             "noise": f"{1 - upper[0]:.0%} to {1 - max(lower[0], 0):.0%}",
-            "between documents": f"{intraclass(known['auc'].to_numpy(float), codes(known['document'].to_numpy())):.0%}",
+            "between articles": f"{intraclass(area, codes(known['document'].to_numpy())):.0%}",
         })  # fmt: skip
-        values = np.sort(10 ** (np.log10(sizes) - np.log10(known["n_edges"].to_numpy(float))))
+        share = np.sort(size / known["n_edges"].to_numpy(float))
         figure.add_scatter(
-            x=values, y=(np.arange(len(values)) + 0.5) / len(values), name="random weights" if model == RANDOM else model,
-            mode="lines", line={"color": _HUES[number], "dash": "dot" if model == RANDOM else "solid"},
+            x=share, y=(np.arange(len(share)) + 0.5) / len(share), name=model, mode="lines",
+            line={"color": hue, "dash": "dot" if model == RANDOM else "solid"},
         )  # fmt: skip
         if model != RANDOM:
-            wide.append(ratio >= RANGE)
-            real.append((upper[1] > 0.5, lower[1] > 0.5))
+            holds.setdefault("sizes differ", []).append(_range(size) >= RANGE)
+            holds.setdefault("beyond noise by halves", []).append(upper[1] > 0.5)
+            holds.setdefault("beyond noise by another scoring", []).append(lower[1] > 0.5)
     finished(
-        figure, f"What contexts need for {THRESHOLDS[-1]:.0%} faithfulness", ["WikiText", "published estimator"],
+        figure, f"What contexts need for {_TARGET:.0%} faithfulness", ["WikiText", "published estimator"],
         plot_height=300,
     )  # fmt: skip
-    figure.update_xaxes(title="share of all edges", **_log_axis())
+    figure.update_xaxes(title="share of all edges", **_shares())
     figure.update_yaxes(title="share of contexts", tickformat=".0%")
-    parts = {"sizes differ": all(wide), "beyond noise by halves": all(a for a, _ in real),
-             "beyond noise by another scoring": all(b for _, b in real)}  # fmt: skip
-    verdict = _agreed(parts, {name: not each for name, each in parts.items()})
-    text = "\n\n".join([
-        _table(DataFrame(rows)),
-        "The two correlations bound the reliability of the area: halves of one curve share the order of edges, so that it "
-        "is too high; another scoring (information flow) measures something else as well, so that it is too low. Noise is what they "
-        "leave. The last column is the share of variance between articles (ANOVA).",
-        "**Null control**: the model with random weights, in the last row: what differs there is not what training made.",
-    ])  # fmt: skip
-    return Finding(
-        "b", "Is density dynamic: does it differ between inputs?",
-        f"Reproduced if for all trained models sizes of the 90th and the 10th percentile differ {RANGE}-fold or more, and both "
-        "reliabilities are above one half, with the lower end of their intervals.",
-        verdict, text, {"Distribution of sizes over contexts, by model": figure},
-    )  # fmt: skip
+    return Finding(_verdict(holds), _table(rows), {"": figure}, {})
 
 
-def _sizes(known: Any) -> Float[np.ndarray, " row"]:
-    from tracedensity.study.covariates import outcome_of
-
-    return outcome_of(known, "size", THRESHOLDS[-1])
+def _range(size: Float[np.ndarray, " row"]) -> float:
+    return float(np.quantile(size, 0.9) / np.quantile(size, 0.1))
 
 
 def intraclass(values: Float[np.ndarray, " row"], group: Int[np.ndarray, " row"]) -> float:
     """Share of variance that lies between groups: ICC(1) of a one-way analysis of variance."""
     count = np.bincount(group)
+    n, n_groups = len(values), len(count)
     means = np.bincount(group, values) / count
-    n, k = len(values), len(count)
-    between = (count * (means - values.mean()) ** 2).sum() / (k - 1)
-    within = ((values - means[group]) ** 2).sum() / (n - k)
-    size = (n - (count**2).sum() / n) / (k - 1)
+    between = (count * (means - values.mean()) ** 2).sum() / (n_groups - 1)
+    within = ((values - means[group]) ** 2).sum() / (n - n_groups) if n > n_groups else np.nan
+    size = (n - (count**2).sum() / n) / (n_groups - 1)  # of a group, where they differ
     return float((between - within) / (between + (size - 1) * within))
 
 
@@ -252,82 +216,54 @@ def shared(sweeps: Sweeps) -> Finding:
     tables = {model: sweeps.prompts(model) for model in (*sweeps.trained, RANDOM)}
     others = {model: sweeps.prompts(model, kind="flow") for model in tables}
     found = td.study.compare(tables, others=others, n_bootstrap=_DRAWS, n_permutations=2000)
-    rows = [
-        {
-            "": f"{row['a']}, {row['b']}", "correlation": _estimate((row["rho"], row["low"], row["high"])),
-            "p (Holm)": _p(row["p_holm"]),
-            "given lengths": _estimate((row["length_rho"], row["length_low"], row["length_high"])),
-            "given entropies and rarities too": _estimate(
-                (row["partial_rho"], row["partial_low"], row["partial_high"])
-            ),
-            "ceiling": f"{row['ceiling_low']:.2f} to {row['ceiling_high']:.2f}",
-        }
-        for row in found.table.to_dict("records")
-    ]  # fmt: skip
-    trained = [row for row in found.table.to_dict("records") if RANDOM not in (row["a"], row["b"])]
-    parts = {"correlated": all(row["low"] > 0 and row["p_holm"] < SIGNIFICANT for row in trained),
-             "beyond entropy and rarity": all(row["partial_low"] > 0 for row in trained)}  # fmt: skip
-    nothing = {"correlated": not any(row["low"] > 0 for row in trained),
-               "beyond entropy and rarity": not any(row["partial_low"] > 0 for row in trained)}  # fmt: skip
-    text = "\n\n".join([
-        _table(DataFrame(rows)),
-        f"Spearman's correlation of areas over {trained[0]['n']} contexts of WikiText. The papers' ten models have 0.52 on average (0.26 to 0.71, "
-        "40 words). `p` is by exchange of inputs within strata of length. The ceiling is what the measure's unreliability would leave of 1.",
-        f"**Null control**: pairs with `{RANDOM}`, which has learnt nothing; what they share is the text, its length and what any such "
-        "network does to it.",
-    ])  # fmt: skip
-    return Finding(
-        "c", "Does density correlate across models, and what is left given entropy?",
-        "Reproduced if the interval of every pair of trained models is above zero (and p, corrected, below 0.05), plain and given each model's "
-        "own entropy and rarities.",
-        _agreed(parts, nothing), text, {"Correlations of density between models": found.plot()},
-    )  # fmt: skip
+    rows: list[Row] = []
+    holds: dict[str, list[bool]] = {}
+    for row in found.table.to_dict("records"):
+        plain, length, partial = (
+            (row[f"{kind}rho"], row[f"{kind}low"], row[f"{kind}high"]) for kind in ("", "length_", "partial_")
+        )
+        rows.append({
+            "models": f"{row['a']}, {row['b']}", "correlation": _estimate(plain), "p": f"{row['p_holm']:.2g}",
+            "given lengths": _estimate(length), "given entropies and rarities too": _estimate(partial),
+            "ceiling": f"{row['ceiling_low']:.2f} to {row['ceiling_high']:.2f}", "contexts": row["n"],
+        })  # fmt: skip
+        if RANDOM not in (row["a"], row["b"]):
+            holds.setdefault("correlated", []).append(row["low"] > 0 and row["p_holm"] < SIGNIFICANT)
+            holds.setdefault("beyond entropy and rarity", []).append(row["partial_low"] > 0)
+    return Finding(_verdict(holds), _table(rows), {"": found.plot()}, {})
 
 
 # -- (d) ---------------------------------------------------------------------------------------------
 
-_RARITIES = {"rarity_target": "target", "rarity_top": "prediction", "rarity_expected": "expected", "entropy": "entropy"}
+_RARITIES = {
+    "rarity_target": "rarity of the target", "rarity_top": "of the prediction", "rarity_expected": "expected",
+    "entropy": "entropy",
+}  # fmt: skip
 
 
 def rare(sweeps: Sweeps) -> Finding:
     """Do rarer tokens need more?"""
-    rows, yes, no = [], {}, {}
-    figures = {}
-    for model in (*sweeps.trained, RANDOM):
-        for corpus in ("wikitext", "books") if model != RANDOM else ("wikitext",):
-            found = td.study.factors(
-                sweeps.prompts(model, corpus), outcomes=("auc",), n_bootstrap=_DRAWS, n_permutations=2000
-            )
-            known: Any = found.table.set_index("covariate")
-            row: dict[str, Any] = {"model": model, "text": corpus}
-            for covariate, name in _RARITIES.items():
-                each = known.loc[covariate]
-                plain = (each["rho"], each["low"], each["high"])
-                partial = (each["partial_rho"], each["partial_low"], each["partial_high"])
-                stars = [_star(each[p]) for p in ("p_holm", "partial_p_holm")]
-                row[name] = f"{plain[0]:.2f}{stars[0]}, {partial[0]:.2f}{stars[1]}"
-                if model != RANDOM and covariate != "entropy":
-                    more = plain[0] > 0 and partial[0] > 0 and all(stars)
-                    yes.setdefault(
-                        f"rarity of the {name} token" if name != "expected" else "expected rarity", []
-                    ).append(more)
-            rows.append(row)
-            if model == sweeps.trained[0] and corpus == "wikitext":
-                figures["Correlations of density with covariates, books-gpt2 on WikiText"] = found.plot()
-    no = {name: not any(each) for name, each in yes.items()}
-    yes = {name: all(each) for name, each in yes.items()}
-    text = "\n\n".join([
-        _table(DataFrame(rows)),
-        "Spearman's correlation with the area (positive: needs more), and the partial one given entropy, the target's rarity and length, as far as "
-        "they are not what is asked about; a star is p < 0.05 after Holm's correction for all covariates of a sweep. Frequencies are those of other "
-        "text of the same kind. Intervals are in the figure, for one of the sweeps.",
-        f"**Null control**: `{RANDOM}` weights; and p itself is by exchange within strata of length.",
-    ])  # fmt: skip
-    return Finding(
-        "d", "Do rarer tokens need more?",
-        "Reproduced, for one of three rarities, if the correlation is positive and significant in every sweep of a trained model, plain and partial.",
-        _agreed(yes, no), text, figures,
-    )  # fmt: skip
+    rows: list[Row] = []
+    holds: dict[str, list[bool]] = {}
+    figure = None
+    for model, corpus in [(model, corpus) for model in sweeps.trained for corpus in ("wikitext", "books")] + [
+        (RANDOM, "wikitext")
+    ]:
+        found = td.study.factors(
+            sweeps.prompts(model, corpus), outcomes=("auc",), n_bootstrap=_DRAWS, n_permutations=2000
+        )
+        figure = figure or found.plot()
+        known: Any = found.table.set_index("covariate")
+        row: Row = {"model": model, "text": corpus}
+        for covariate, name in _RARITIES.items():
+            each = known.loc[covariate]
+            stars = [_star(each["p_holm"]), _star(each["partial_p_holm"])]
+            row[name] = f"{each['rho']:.2f}{stars[0]}, {each['partial_rho']:.2f}{stars[1]}"
+            if model != RANDOM and covariate != "entropy":
+                holds.setdefault(name, []).append(each["rho"] > 0 and each["partial_rho"] > 0 and all(stars))
+        rows.append(row)
+    assert figure is not None
+    return Finding(_verdict(holds), _table(rows), {"": figure}, {})
 
 
 # -- (e) ---------------------------------------------------------------------------------------------
@@ -335,38 +271,28 @@ def rare(sweeps: Sweeps) -> Finding:
 
 def long(sweeps: Sweeps) -> Finding:
     """Does longer context lower density?"""
-    rows, falls, rises, figures = [], {}, {}, {}
+    rows: list[Row] = []
+    holds: dict[str, list[bool]] = {}
+    rises: dict[str, list[bool]] = {}
+    figure = None
     for model in (*sweeps.trained, RANDOM):
         found = td.study.lengths(
-            sweeps.prompts(model, kind="nested"), threshold=THRESHOLDS[-1], n_bootstrap=_DRAWS, n_permutations=5000
+            sweeps.prompts(model, kind="nested"), threshold=_TARGET, n_bootstrap=_DRAWS, n_permutations=5000
         )
-        row: dict[str, Any] = {"model": model}
+        figure = figure or found.plot()
+        row: Row = {"model": model}
         for each in found.table.to_dict("records"):
-            name = str(each["outcome"]).replace("_", " ")
+            name = {"auc": "area"}.get(each["outcome"], str(each["outcome"]).replace("_", " "))
             star = _star(each["p_holm"])
             row[name] = f"{each['slope']:+.3f}{star} ({each['low']:+.3f} to {each['high']:+.3f})"
             if model != RANDOM:
-                falls.setdefault(name, []).append(each["slope"] < 0 and bool(star))
-                rises.setdefault(name, []).append(each["slope"] > 0 and bool(star))
-        rows.append({**row, "targets": int(found.table["n"].max())})
-        if model == sweeps.trained[0]:
-            figures["Density over the length of the context, books-gpt2"] = found.plot()
-    parts = {name: all(each) for name, each in falls.items()}
-    nothing = {name: not any(each) for name, each in falls.items()}
+                holds.setdefault(name, []).append(each["slope"] < 0 and star != "")
+                rises.setdefault(name, []).append(each["slope"] > 0 and star != "")
+        rows.append({**row, "targets": found.table["n"].to_numpy().max()})
+    assert figure is not None
     up = [name for name, each in rises.items() if all(each)]
-    text = "\n\n".join([
-        _table(DataFrame(rows)),
-        "Change with each doubling of the context, from 8 to 64 tokens before the same target: of the area, and of log10 of a size at "
-        f"{THRESHOLDS[-1]:g} counted in four ways; interval over documents, star for p < 0.05 (signs of slopes turned, Holm)."
-        + (f" It rises for all trained models by: {', '.join(up)}." if up else ""),
-        f"**Null control**: `{RANDOM}` weights, for which context is worth nothing. The number of all edges grows with the square of the length, so "
-        "that a fraction may fall while more edges are needed.",
-    ])  # fmt: skip
-    return Finding(
-        "e", "Does longer context lower density?",
-        "Reproduced, under a normalisation, if the mean slope is negative and significant for every trained model.",
-        _agreed(parts, nothing), text, figures,
-    )  # fmt: skip
+    verdict = _verdict(holds) + (f"; it rises, for all of them, by {', '.join(up)}" if up else "")
+    return Finding(verdict, _table(rows), {"": figure}, {})
 
 
 # -- (f) ---------------------------------------------------------------------------------------------
@@ -374,83 +300,65 @@ def long(sweeps: Sweeps) -> Finding:
 
 def phases(sweeps: Sweeps) -> Finding:
     """Are there two phases, construction and refinement?"""
-    rows, broken, figures, shallow = [], [], {}, []
+    rows: list[Row] = []
+    holds: dict[str, list[bool]] = {}
+    figures: dict[str, go.Figure] = {}
     for model in (*sweeps.trained, RANDOM):
         found = td.study.contents(sweeps.path(model), n_bootstrap=300, n_null=200)
-        row: dict[str, Any] = {"model": model}
-        for name, each in found.phases.items():
-            if each.break_at is None:
-                row[f"break, {name}"] = "none"
-            else:
-                row[f"break, {name}"] = (
-                    f"{each.break_at:.2%} ({each.low:.2%} to {each.high:.2%}), in {each.found:.0%}; "
-                    f"{each.slopes[0]:.2f}, then {each.slopes[-1]:.2f}"
-                )
+        circuits, random = found.phases["circuits"], found.phases["random"]
         table: Any = found.by_size
-        first = table[table["top1"] >= 0.5]["share"]
-        row["top token in half"] = "never" if first.empty else f"{first.iloc[0]:.2%}"
-        small, whole = table[table["share"] == 0.001].iloc[0], table.iloc[-1]
-        row["distance to frequencies, 0.1% and all"] = f"{small['unigram_tv']:.2f}, {whole['unigram_tv']:.2f}"
-        rows.append(row)
+        at_top = table[table["top1"] >= 0.5]["share"]
+        small, whole = (float(table.loc[table["share"] == share, "unigram_tv"].iloc[0]) for share in (0.001, 1.0))
+        rows.append({
+            "model": model, "break": _break(circuits), "break of random circuits": _break(random),
+            "top token in half": "never" if at_top.empty else f"{at_top.iloc[0]:.2%}",
+            "distance to frequencies at 0.1%, of the model": f"{small:.2f}, {whole:.2f}",
+        })  # fmt: skip
+        figures = figures or {"": found.plot("phases"), "predictions": found.plot("prediction")}
         if model != RANDOM:
-            circuits, random = found.phases["circuits"], found.phases.get("random")
-            apart = (
-                random is None or random.break_at is None or circuits.high < random.low or circuits.low > random.high
-            )
-            broken.append((circuits.break_at is not None and circuits.found >= 0.95, bool(apart)))
-            shallow.append(small["unigram_tv"] < whole["unigram_tv"] - 0.05)
-        if model == sweeps.trained[0]:
-            figures["The mean curve and its straight pieces, books-gpt2"] = found.plot("phases")
-            figures["What circuits of each size predict, books-gpt2"] = found.plot("prediction")
-    parts = {"the mean curve breaks": all(each for each, _ in broken), "elsewhere than random circuits'": all(each for _, each in broken),
-             "small circuits predict frequencies": all(shallow)}  # fmt: skip
-    nothing = {"the mean curve breaks": not any(each for each, _ in broken),
-               "elsewhere than random circuits'": not any(each for _, each in broken),
-               "small circuits predict frequencies": not any(shallow)}  # fmt: skip
-    text = "\n\n".join([
-        _table(DataFrame(rows)),
-        "The break of two straight pieces of mean faithfulness over log10 of size, if the Bayesian information criterion prefers them to one, its interval, in how many of "
-        "the resampled curves there is one, and faithfulness gained per tenfold size before and behind. Then the share of edges at which half of the circuits have the "
-        "model's top token, and the total variation distance of what circuits of 0.1% predict, and of what the model predicts, to the frequencies of tokens.",
-        f"**Null control**: the same of random connected circuits, and of `{RANDOM}` weights.",
-    ])  # fmt: skip
-    return Finding(
-        "f", "Are there two phases?",
-        "Reproduced if for every trained model the mean curve has a break in 95% of resampled curves, with an interval apart from that of random circuits, and circuits of "
-        "0.1% predict something nearer to the frequencies of tokens than the model does (by 0.05 or more).",
-        _agreed(parts, nothing), text, figures,
-    )  # fmt: skip
+            apart = random.break_at is None or circuits.high < random.low or circuits.low > random.high
+            holds.setdefault("a break", []).append(circuits.break_at is not None and circuits.found >= 0.95)
+            holds.setdefault("apart from that of random circuits", []).append(apart)
+            holds.setdefault("small circuits near the frequencies", []).append(small < whole - 0.05)
+    return Finding(_verdict(holds), _table(rows), figures, {})
 
 
-# -- training ----------------------------------------------------------------------------------------
+def _break(each: Any) -> str:
+    if each.break_at is None:
+        return "none"
+    where = f"{each.break_at:.2%} ({each.low:.2%} to {each.high:.2%}) in {each.found:.0%}"
+    return f"{where}; {each.slopes[0]:.2f}, then {each.slopes[-1]:.2f}"
+
+
+# -- (g) ---------------------------------------------------------------------------------------------
 
 
 def training(sweeps: Sweeps) -> Finding:
-    """How density goes over training; no finding of the papers."""
+    """How density goes over training."""
     found = td.study.trend(sweeps.folder / "steps", n_bootstrap=_DRAWS, n_permutations=5000)
-    rows = [
-        {
-            "checkpoint": row["name"], "area": _estimate((row["mean"], row["low"], row["high"])),
-            "change": "" if np.isnan(row["change"]) else _estimate((row["change"], row["change_low"], row["change_high"])),
-            "p (Holm)": "" if np.isnan(row["p_holm"]) else _p(row["p_holm"]),
-            "correlation with the last": _estimate((row["rho"], row["rho_low"], row["rho_high"])),
-            "entropy": f"{row['entropy']:.2f}",
-        }
-        for row in found.table.to_dict("records")
-    ]  # fmt: skip
-    table: Any = found.table
-    sure = [row["p_holm"] < SIGNIFICANT for row in table.iloc[1:].to_dict("records")]
-    ups = [row["change"] > 0 for row in table.iloc[1:].to_dict("records")]
-    verdict = f"it changes significantly in {sum(sure)} of {len(sure)} steps, up in {sum(ups)}"
-    text = (
-        _table(DataFrame(rows))
-        + "\n\nbooks-gpt2 trained anew for a short time, its checkpoints swept over the same contexts of WikiText."
-    )
-    return Finding(
-        "g", "How does density go over training?", "No claim of the papers; changes are called significant at 0.05, corrected.",
-        verdict, text, {"Density over training": found.plot()},
-    )  # fmt: skip
+    rows: list[Row] = []
+    changes = []
+    for row in found.table.to_dict("records"):
+        mean, change, rho = (
+            (row[middle], row[f"{kind}low"], row[f"{kind}high"])
+            for middle, kind in (("mean", ""), ("change", "change_"), ("rho", "rho_"))
+        )
+        first = np.isnan(row["p"])
+        rows.append({
+            "checkpoint": row["name"], "area": _estimate(mean),
+            "change": "" if first else _estimate(change) + _star(row["p_holm"]),
+            "correlation with the last": _estimate(rho), "entropy": f"{row['entropy']:.2f}", "contexts": row["n"],
+        })  # fmt: skip
+        if not first:
+            changes.append("up" if row["change"] > 0 else "down")
+            changes[-1] = changes[-1] if row["p_holm"] < SIGNIFICANT else "no change"
+    return Finding(f"From checkpoint to checkpoint: {', '.join(changes)}", _table(rows), {"": found.plot()}, {})
 
+
+FINDINGS: Mapping[str, Callable[[Sweeps], Finding]] = {
+    "a": dense, "b": dynamic, "c": shared, "d": rare, "e": long, "f": phases, "g": training,
+}  # fmt: skip
+"""By their letters."""
 
 # -- what all of them use ----------------------------------------------------------------------------
 
@@ -461,35 +369,38 @@ def _bootstrap(values: Any, document: Any, of: Callable[[Any], Any]) -> tuple[fl
     return interval([float(of(values[draw])) for draw in resampled(codes(np.asarray(document)), _DRAWS, 0)])
 
 
-def _correlation(both: Float[np.ndarray, "row 2"], document: Any) -> tuple[float, float, float]:
+def _correlation(both: Float[np.ndarray, "row 2"], document: Any) -> Estimate:
     again = [float(rank_correlations(both[draw])[0, 1]) for draw in resampled(codes(np.asarray(document)), _DRAWS, 0)]
     return float(rank_correlations(both)[0, 1]), *interval(again)
 
 
-def _agreed(yes: Mapping[str, bool], no: Mapping[str, bool]) -> str:
-    """A verdict from what holds everywhere, and what holds nowhere."""
-    if all(yes.values()):
-        return "reproduced"
-    if all(no.values()):
-        return "not reproduced"
-    kinds = {
-        "yes": [name for name in yes if yes[name]],
-        "no": [name for name in yes if no[name] and not yes[name]],
-        "in some sweeps only": [name for name in yes if not yes[name] and not no[name]],
-    }
-    return "depends (" + "; ".join(f"{word}: {', '.join(names)}" for word, names in kinds.items() if names) + ")"
+def _verdict(holds: Mapping[str, Sequence[bool]]) -> str:
+    """From what was asked of every sweep, and whether it holds there."""
+    if all(map(all, holds.values())):
+        return "Reproduced"
+    if not any(map(any, holds.values())):
+        return "Not reproduced"
+    kinds: dict[str, list[str]] = {}
+    for name, each in holds.items():
+        word = "yes" if all(each) else f"in {sum(each)} of {len(each)}" if any(each) else "no"
+        kinds.setdefault(word, []).append(name)
+    return "It depends (" + "; ".join(f"{word}: {', '.join(names)}" for word, names in kinds.items()) + ")"
 
 
-def _table(rows: DataFrame) -> str:
-    head = "| " + " | ".join(map(str, rows.columns)) + " |\n|" + "---|" * len(rows.columns)
-    return "\n".join([head, *("| " + " | ".join(map(str, row)) + " |" for row in rows.itertuples(index=False))])
+def _table(rows: Sequence[Row]) -> str:
+    head = [" | ".join(rows[0]), "|".join(["---"] * len(rows[0]))]
+    return "\n".join(f"| {line} |" for line in [*head, *(" | ".join(map(str, row.values())) for row in rows)])
 
 
-def _percent(each: Sequence[float]) -> str:
+def _each(models: Iterable[str], said: Callable[[str], str]) -> str:
+    return "; ".join(f"{model} {said(model)}" for model in models)
+
+
+def _percent(each: Estimate) -> str:
     return f"{each[0]:.2%} ({each[1]:.2%} to {each[2]:.2%})"
 
 
-def _estimate(each: Sequence[float]) -> str:
+def _estimate(each: Estimate) -> str:
     return f"{each[0]:.2f} ({each[1]:.2f} to {each[2]:.2f})"
 
 
@@ -497,12 +408,7 @@ def _star(p: float) -> str:
     return "*" if p < SIGNIFICANT else ""
 
 
-def _p(value: float) -> str:
-    return f"{value:.2g}"
-
-
-def _log_axis() -> dict[str, Any]:
-    return share_ticks(100_000)
-
-
-__all__ = ["Finding", "Sweeps", "WORDS", "findings"]
+def _shares() -> dict[str, Any]:
+    """A logarithmic axis of shares."""
+    ticks = [10.0**-power for power in range(5)]
+    return {"type": "log", "tickvals": ticks, "ticktext": [percent(each) for each in ticks]}
