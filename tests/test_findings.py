@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import plotly.graph_objects as go
 import pytest
+from pandas import DataFrame
 from statsmodels.formula.api import ols
 from statsmodels.stats.anova import anova_lm
 
@@ -25,7 +26,7 @@ def test_intraclass_is_that_of_the_analysis_of_variance():
     generator = np.random.default_rng(0)
     group = np.repeat(np.arange(40), 10)
     values = generator.normal(0, 1, 40)[group] + generator.normal(0, 2, 400)
-    squares = anova_lm(ols("values ~ C(group)", {"values": values, "group": group}).fit())["mean_sq"]
+    squares = anova_lm(ols("values ~ C(group)", DataFrame({"values": values, "group": group})).fit())["mean_sq"]
     between, within = squares["C(group)"], squares["Residual"]
     assert intraclass(values, group) == pytest.approx((between - within) / (between + 9 * within))
     uneven = np.repeat([0, 1, 2], [1, 5, 50])
