@@ -29,8 +29,9 @@ def test_intraclass_is_that_of_the_analysis_of_variance():
     squares = anova_lm(ols("values ~ C(group)", DataFrame({"values": values, "group": group})).fit())["mean_sq"]
     between, within = squares["C(group)"], squares["Residual"]
     assert intraclass(values, group) == pytest.approx((between - within) / (between + 9 * within))
-    uneven = np.repeat([0, 1, 2], [1, 5, 50])
-    assert abs(intraclass(generator.normal(0, 1, 56), uneven)) < 0.3
+    uneven = np.repeat(np.arange(80), np.arange(80) % 10 + 1)
+    shared = intraclass(generator.normal(0, 2, 80)[uneven] + generator.normal(0, 1, len(uneven)), uneven)
+    assert shared == pytest.approx(0.8, abs=0.1)
 
 
 def test_the_page_asks_for_what_is_found(tmp_path: Path, monkeypatch):
