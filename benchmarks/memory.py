@@ -99,6 +99,8 @@ def running(model: Any, n_tokens: int) -> Iterator[dict[str, Any]]:
             continue
         ranking = td.attribute(model, prompt, graph=graph, method="random", ablation="zero").rank()
         sizes = [ranking.n_edges * size // N_CIRCUITS for size in range(N_CIRCUITS)]
+        if graph == "token":  # MLPs are run only at tokens where a circuit has their edge: a plan is of those that do
+            sizes = [ranking.n_edges - number for number in range(N_CIRCUITS)]
         plan = td.plan(model, n_tokens, graph=graph, method="random", ablation="zero", n_circuits=N_CIRCUITS)
         measured = allocated_bytes(lambda ranking=ranking, sizes=sizes: td.evaluate(model, prompt, ranking, sizes))
         yield {"job": f"{graph} {N_CIRCUITS} circuits", "memory": _pair(plan.activations + plan.workspace, measured)}

@@ -15,12 +15,23 @@ PAGES = [
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     if "```python" in page.read_text("utf-8")
 ]
+_TALES = "Once upon a time there was a {} who lived in an old house by the {}, and went every day to the market. " * 3
+GIVEN = {
+    "prompts.txt": "\n\n".join(
+        _TALES.format(*[who, where] * 3) for who in ("king", "girl") for where in ("sea", "wood")
+    ),
+    "other.txt": _TALES.format(*["man", "river"] * 3),
+}
+"""Files that pages speak of as the reader's own."""
+
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_lines_of_a_page_run_from_top_to_bottom(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for name, text in GIVEN.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
     names: dict[str, object] = {}
     for block in blocks:

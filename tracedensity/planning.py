@@ -138,7 +138,7 @@ def plan(
         n_tokens: Tokens of each prompt.
         graph: As for `attribute`, like `method`, `ablation`, `steps`, `ungroup`, `positions` and `neurons`.
         n_examples: Prompts of a task; the token graph has one.
-        n_circuits: Circuits that are to be run as well on each prompt.
+        n_circuits: Circuits that are to be run as well on each prompt; those that lack MLPs' edges take less.
         dtype: Precision of the weights of a configuration, by default float32.
 
     Returns:

@@ -135,14 +135,16 @@ class Spared:
     def attach(self, visit: Visit, *, first: bool = False) -> Detach:
         wanted: list[Tensor] = []
 
-        def pack(module: object, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            idle = visit(args[0]) if args and isinstance(args[0], Tensor) else None
+        def pack(module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if len(args) != 1 or kwargs:  # such as BLOOM's, whose MLP adds the stream that it is given as well
+                return None
+            idle = visit(args[0])
             if idle is None or not idle.any():
                 return None
             kept = ~idle
             kept[0, 0] |= not kept.any()  # a module may not know what to do with nothing
             wanted.append(kept)
-            return (args[0][kept][None], *args[1:])
+            return (args[0][kept][None],), kwargs
 
         def spread(module: object, args: object, output: Tensor) -> Tensor | None:
             if not wanted:
@@ -152,7 +154,7 @@ class Spared:
             whole[kept] = output[0]
             return whole
 
-        before = self.module.register_forward_pre_hook(pack)
+        before = self.module.register_forward_pre_hook(pack, with_kwargs=True)
         after = self.module.register_forward_hook(spread)
         return _both(before.remove, after.remove)
 
