@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="64,160")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--offload", action="store_true")
+    parser.add_argument("--backend", choices=["hooked", "bridge"], help="one class only")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -125,7 +126,7 @@ def main() -> None:
             f"{'model':<12}{'class':<8}{'tokens':>6}  {'job':<38}{'planned':>10}{'measured':>10}{'ratio':>7}   passes"
         )
     for name in given.models:
-        for backend in (*(["hooked"] if HAS_HOOKED else []), "bridge"):
+        for backend in [given.backend] if given.backend else [*(["hooked"] if HAS_HOOKED else []), "bridge"]:
             try:
                 model = td.load_model(name, backend=backend, dtype=getattr(torch, given.dtype))
             except ValueError as error:

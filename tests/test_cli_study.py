@@ -118,6 +118,19 @@ def test_text_in_other_languages_and_scripts_is_swept(tmp_path):
     assert (table["surprisal"] > 0).all() and (table["n_tokens"] == 9).all()
 
 
+def test_one_faithfulness_is_reached_by_halving(tmp_path, capsys):
+    out = tmp_path / "circuit.safetensors"
+    prompt = "Once upon a time there was a little"
+    assert main(["study", "target", prompt, "-f", "0.8", "--circuit", str(out), "--json"]) == 0, capsys.readouterr().err
+    said = json.loads(capsys.readouterr().out)
+    circuit = td.load(out)
+    assert isinstance(circuit, td.Circuit) and circuit.n_edges == said["size"]
+    assert circuit.verify("books-gpt2").faithfulness == pytest.approx(said["faithfulness"], abs=1e-5)
+    assert said["faithfulness"] >= 0.8 and said["n_runs"] < 60
+    assert main(["study", "target", prompt, "-f", "2"]) == 2
+    assert "`faithfulness` must be above 0" in capsys.readouterr().err
+
+
 def test_what_is_no_sweep_is_one_sentence(tmp_path, capsys):
     for command in ("factors", "lengths", "thresholds", "shap", "contents"):
         assert main(["study", command, str(tmp_path)]) == 2

@@ -141,13 +141,17 @@ def test_minimal_sizes_of_the_token_graph(name, kind):
 
 
 def assert_minimal_sizes(curve: td.DensityCurve, faithful: Callable[[td.Circuit], float]) -> None:
-    sizes = curve.sizes.tolist()
-    expected = [faithful(curve.ranking.circuit(size)) for size in sizes]
-    assert apart(curve.faithfulness, expected) < TOLERANCE
-    for threshold in (0.5, 0.8, 0.9, 0.95):
-        if min(abs(each - threshold) for each in expected) > TOLERANCE * max(map(abs, expected)):
-            reached = [size for size, each in zip(sizes, expected, strict=True) if each >= threshold]
-            assert curve.minimal_size(threshold) == reached[0]
+    """Every fourth point of the curve, and those before and behind which a threshold is first reached."""
+    sizes, found = curve.sizes.tolist(), curve.faithfulness.tolist()
+    crossed = {threshold: sizes.index(curve.minimal_size(threshold)) for threshold in (0.5, 0.8, 0.9, 0.95)}
+    asked = sorted({*range(0, len(sizes), 4), *crossed.values(), *(max(place - 1, 0) for place in crossed.values())})
+    expected = {place: faithful(curve.ranking.circuit(sizes[place])) for place in asked}
+    assert apart([found[place] for place in asked], [*expected.values()]) < TOLERANCE
+    most = max(map(abs, expected.values()))
+    for threshold, place in crossed.items():
+        if min(abs(each - threshold) for each in expected.values()) > TOLERANCE * most:
+            assert expected[place] >= threshold and all(each < threshold for each in found[:place])
+            assert place == 0 or expected[place - 1] < threshold
 
 
 # -- the component graph -----------------------------------------------------------------------------

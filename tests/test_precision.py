@@ -15,7 +15,6 @@ from tracedensity.model import as_transformer
 ALLOWED = {torch.bfloat16: 0.02, torch.float16: 0.005}
 PROMPTS = (
     "Once upon a time there was a little boy who",
-    "The old man went to the house of the king and",
     "She was very happy when she saw the",
 )
 MODELS = [
@@ -96,7 +95,7 @@ def test_scores_of_every_family_are_computed_in_float32(name, dtype):
         return
     assert td.check_model(narrow).ok
     before = {name: parameter.clone() for name, parameter in narrow.named_parameters()}
-    for options in ({"graph": "component", "method": "eap-ig"}, {"graph": "component", "method": "flow"}):
+    for options in ({"graph": "component", "method": "eap"}, {"graph": "component", "method": "flow"}):
         found, expected = (td.attribute(model, [3, 1, 4, 1, 5], **options).values["edge"] for model in (narrow, wide))
         assert found.dtype == torch.float32
         assert rank_weighted_error(found.flatten().double(), expected.flatten().double()) < ALLOWED[dtype]

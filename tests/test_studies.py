@@ -13,10 +13,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import tracedensity as td
+from tracedensity.study.bisection import bisected
 from tracedensity.study.comparison import half_areas
 from tracedensity.study.counts import Counts
 from tracedensity.study.covariates import NUMERIC, OUTCOMES, outcome_of, with_covariates
-from tracedensity.study.knees import bisected, knee, segments
+from tracedensity.study.knees import knee, segments
 from tracedensity.study.statistics import codes
 
 FEW: dict[str, Any] = {"n_bootstrap": 50, "n_permutations": 200}
@@ -354,6 +355,28 @@ def test_bisection_flags_a_planted_violation_and_takes_what_stays():
     assert first.size == 650
     with pytest.raises(ValueError, match="all edges reach"):
         bisected(runs(heights * 0.5)[0], 999, 0.65)
+
+
+@pytest.mark.parametrize("kind", ["stable", "first"])
+def test_a_target_is_reached_where_running_every_circuit_says(kind, tiny_gpt2):
+    prompt = [3, 1, 4, 1, 5]
+    ranking = td.attribute(tiny_gpt2, prompt, method="norm").rank()
+    every = td.evaluate(tiny_gpt2, prompt, ranking, range(ranking.n_edges + 1), metrics="tv").metrics["tv"]
+    for faithfulness in (0.3, 0.6, 0.9):
+        found = td.study.target(tiny_gpt2, prompt, faithfulness, kind=kind)
+        heights = 1 - every
+        reached = heights >= faithfulness
+        assert bool(reached[found.size]) and found.faithfulness == pytest.approx(float(heights[found.size]), abs=1e-6)
+        if not found.monotone_violation:
+            assert not reached[max(found.size - 1, 0) : found.size].any() and found.n_runs < 30
+        assert found.ranking is not None and found.ranking.circuit(found.size).n_edges == found.size
+    assert td.study.target(tiny_gpt2, prompt, 1.0, ranking=ranking).size <= ranking.n_edges
+    with pytest.raises(ValueError, match="`faithfulness` must be above 0"):
+        td.study.target(tiny_gpt2, prompt, 1.5)
+    with pytest.raises(ValueError, match="`ranking` must be left out"):
+        td.study.target(tiny_gpt2, prompt, 0.5, ranking=ranking, method="flow")
+    with pytest.raises(ValueError, match="`kind` must be one of"):
+        td.study.target(tiny_gpt2, prompt, 0.5, kind="last")
 
 
 # -- Shapley values ----------------------------------------------------------------------------------

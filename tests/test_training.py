@@ -69,7 +69,7 @@ def test_bits_per_byte_by_hand(tmp_path):
 @pytest.mark.parametrize("name", ["books-gpt2", "books-llama"])
 def test_an_interrupted_run_ends_as_a_whole_one(tmp_path, monkeypatch, name):
     (tmp_path / "train-0.txt").write_text("Call me Ishmael. Some years ago, never mind how long precisely.\n" * 400)
-    options = {"model": name, "tokens": 4 * 2 * 256, "batch": 2, "every": 2, "compiled": False, "threads": 1}
+    options = {"model": name, "tokens": 4 * 256, "batch": 1, "every": 2, "compiled": False, "threads": 1}
     train.main(tmp_path, out=tmp_path / "whole", keep=2, **options)
 
     save, calls = train.save, []

@@ -16,6 +16,7 @@ from tracedensity.cli.options import (
     GraphOption,
     HtmlOption,
     JsonOption,
+    MethodOption,
     ModelOption,
     PositionOption,
     SeedOption,
@@ -23,7 +24,9 @@ from tracedensity.cli.options import (
     StepsOption,
     UngroupOption,
     as_numbers,
+    load,
     only_given,
+    prompt_of,
     quiet,
     require_folders,
     wanted,
@@ -311,6 +314,36 @@ def trend(
             ),
         )  # fmt: skip
     _finish("Density from sweep to sweep", found, found.table, csv, html, [found.plot()] if html else [])
+
+
+@study.command()
+def target(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text; - reads it from standard input.")],
+    model: ModelOption = None,
+    faithfulness: Annotated[
+        float | None, typer.Option("--faithfulness", "-f", metavar="F", help="To reach.", show_default="0.9")
+    ] = None,
+    method: MethodOption = None,
+    kind: Annotated[
+        Literal["stable", "first"] | None,
+        typer.Option(help="Whether larger circuits must reach it as well.", show_default="stable"),
+    ] = None,
+    position: PositionOption = None,
+    circuit: Annotated[Path | None, typer.Option(metavar="OUT", help="Write the circuit to this file.")] = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the size that reaches one faithfulness by halving, in few runs: for models that are dear to run."""
+    require_folders(circuit)
+    with quiet():
+        found = td.study.target(
+            load(model, device), prompt_of(prompt),
+            **only_given(faithfulness=faithfulness, method=method, kind=kind, position=position),
+        )  # fmt: skip
+        if circuit is not None and found.ranking is not None:
+            found.ranking.circuit(found.size).save(circuit)
+    about = {name: value for name, value in vars(found).items() if name != "ranking"}
+    typer.echo(json.dumps(about) if as_json else found)
 
 
 @study.command()

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tracedensity.study.associations import Factors, factors
+    from tracedensity.study.bisection import Bisection, target
     from tracedensity.study.comparison import Comparison, compare
     from tracedensity.study.counts import Counts, count_tokens
     from tracedensity.study.covariates import with_covariates
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 # As in the package above: nothing is imported before it is used, and no module is named like a function.
 _PUBLIC = {
+    "Bisection": "bisection",
     "Comparison": "comparison",
     "Contents": "inventory",
     "Counts": "counts",
@@ -31,12 +33,14 @@ _PUBLIC = {
     "factors": "associations",
     "lengths": "nested",
     "shap_values": "shapley",
+    "target": "bisection",
     "thresholds": "knees",
     "trend": "series",
     "with_covariates": "covariates",
 }
 
 __all__ = [
+    "Bisection",
     "Comparison",
     "Contents",
     "Counts",
@@ -52,6 +56,7 @@ __all__ = [
     "factors",
     "lengths",
     "shap_values",
+    "target",
     "thresholds",
     "trend",
     "with_covariates",

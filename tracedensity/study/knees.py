@@ -1,10 +1,10 @@
 """Knees: where on a density curve a threshold may be put without choosing a number by hand."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
@@ -242,70 +242,3 @@ _CHOICES: dict[str, Callable[[Any, Any], tuple[float | None, str]]] = {"knee": k
 def _fraction_at(shares: Float[np.ndarray, " point"], heights: Float[np.ndarray, " point"], wanted: float) -> float:
     """Smallest share on the grid that reaches a faithfulness."""
     return float(shares[np.flatnonzero(heights >= wanted)[0]]) if (heights >= wanted).any() else 1.0
-
-
-@dataclass(frozen=True)
-class Bisection:
-    """The size at which a family of circuits reaches a faithfulness, by halving.
-
-    Attributes:
-        size: The smallest size found from which on all that were tried reach it.
-        faithfulness: What it reaches.
-        n_runs: Circuits that were run.
-        monotone_violation: Whether a smaller circuit reaches it as well, or a larger one does not: halving takes for
-            granted that neither happens.
-    """
-
-    size: int
-    faithfulness: float
-    n_runs: int
-    monotone_violation: bool
-
-
-def bisected(
-    measure: Callable[[Sequence[int]], Sequence[float]],
-    n_edges: int,
-    target: float,
-    *,
-    grid: Sequence[int] = (),
-    kind: Literal["stable", "first"] = "stable",
-) -> Bisection:
-    """Find the smallest size that reaches a target, taking for granted that faithfulness grows with size, and check.
-
-    Takes at most ``ceil(log2(n_edges))`` circuits and one more, then looks around: at half the size, at 90% and 110%,
-    one less and one more. Where that does not fit, sizes of a grid are run as well, and the smallest counts from which
-    on all that were run reach the target.
-
-    Args:
-        measure: Faithfulness of circuits of some sizes.
-        n_edges: The largest size.
-        target: Faithfulness to reach.
-        grid: Sizes to run where faithfulness does not grow.
-        kind: There, whether all larger circuits must reach it as well (``"stable"``) or not (``"first"``).
-
-    Raises:
-        ValueError: If not even the largest circuit reaches it.
-    """
-    known: dict[int, float] = {}
-
-    def run(sizes: Sequence[int]) -> None:
-        new = [size for size in dict.fromkeys(sizes) if 0 <= size <= n_edges and size not in known]
-        known.update(zip(new, measure(new), strict=True) if new else ())
-
-    run([n_edges])
-    if known[n_edges] < target:
-        raise ValueError(f"`target` must be one that all edges reach, {known[n_edges]:.4f}, got {target}.")
-    low, high = -1, n_edges  # the first does not reach it, the second does
-    while high - low > 1:
-        middle = (low + high) // 2
-        run([middle])
-        low, high = (low, middle) if known[middle] >= target else (middle, high)
-    run([high // 2, int(0.9 * high), high - 1, high + 1, min(int(1.1 * high), n_edges)])
-    wrong = any((known[size] >= target) != (size >= high) for size in known)
-    if wrong:
-        run(list(grid))
-        if kind == "first":
-            high = min(size for size in known if known[size] >= target)
-        else:
-            high = min(size for size in known if all(known[other] >= target for other in known if other >= size))
-    return Bisection(high, known[high], len(known), wrong)
