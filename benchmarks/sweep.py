@@ -97,7 +97,8 @@ def main(
             )
             shown = f"{engine}, {workers} worker{'s' * (workers > 1)}"
             print(
-                f"  sweep, {shown:18} {found:6.2f} prompts per second, {found / loop:.2f} x the loop; "
+                f"  sweep, {shown:18} {found:6.2f} prompts per second, {found / loop:.2f} x the loop, "
+                f"{1e6 / found * workers / 3600:.0f} core hours for a million; "
                 f"{'the same' if same else 'OTHER'} sizes, faithfulness to {apart:.0e}"
             )
         if memory:
