@@ -331,6 +331,20 @@ def test_several_processes_write_what_one_writes(tmp_path):
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
+def test_a_worker_ends_with_what_started_it_even_where_nobody_has_buried_that():
+    parent = subprocess.Popen(["sleep", "300"])
+    script = "import sys; from tracedensity.study.engines import _end_with; _end_with(int(sys.argv[1]))"
+    worker = subprocess.Popen([sys.executable, "-c", script, str(parent.pid)])
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):
+            worker.wait(timeout=8)
+        parent.kill()  # and is a zombie until it is waited for
+        assert worker.wait(timeout=60) == 1
+    finally:
+        worker.kill()
+        parent.wait()
+
+
 def test_two_workers_of_ray_write_what_one_process_writes(tmp_path):
     given = {"part_size": 3, "baselines": False, "progress": False, "thresholds": (0.5,)}
     prompts = [[0, *prompt] for prompt in drawn(12)]

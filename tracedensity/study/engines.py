@@ -40,12 +40,15 @@ def _run(work: Work, part: Part, parent: int) -> Done:
 
 def _end_with(parent: int) -> None:
     """End this process when the one that started it is gone, however it went."""
-    while True:
-        try:
-            os.kill(parent, 0)
-        except OSError:
-            os._exit(1)
-        time.sleep(1)
+    import psutil
+
+    try:
+        process = psutil.Process(parent)  # which another process of its number, later, is not
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(1)
+    except psutil.Error:
+        pass
+    os._exit(1)
 
 
 def on_ray(work: Work, parts: Iterable[Part], n_workers: int, n_gpus: float) -> Iterator[Done]:
