@@ -1,6 +1,7 @@
 """Sweeps and studies from the command line, as a newcomer would try them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -103,6 +104,12 @@ def test_checkpoints_are_swept_one_after_another_and_followed(folder, tmp_path, 
     few = ["--bootstrap", "10", "--permutations", "20", "--html", str(page)]
     assert main(["study", "trend", str(tmp_path / "out"), *few]) == 0, capsys.readouterr().err
     assert "step-10" in capsys.readouterr().out and page.read_text().count('class="plotly-graph-div"') == 1
+    same = tmp_path / "elsewhere" / "step-2"
+    shutil.copytree(tmp_path / "out" / "step-2", same)
+    assert main(["study", "trend", str(tmp_path / "out" / "step-2"), str(same), *few[:4]]) == 0
+    assert str(same) in capsys.readouterr().out  # of two folders of one name neither is lost
+    assert main(["study", "trend", str(same), str(same)]) == 2
+    assert "must be different sweeps" in capsys.readouterr().err
     assert main([*command, "--model", "books-gpt2"]) == 2
     assert "`--model` must be left out" in capsys.readouterr().err
 

@@ -177,7 +177,6 @@ def sweep(
     models = {"": "books-gpt2" if model is None else model}
     if checkpoints is not None:
         models = {path.name: str(path) for path in td.study.checkpoints(checkpoints)}
-        out.mkdir(exist_ok=True)
     for name, each in models.items():
         with quiet():
             done = td.sweep(
@@ -305,9 +304,13 @@ def trend(
     html: HtmlOption = None,
 ) -> None:
     """How density goes from sweep to sweep: over the checkpoints of a training, over languages."""
+    short = [folder.name for folder in folders]
+    names = short if len(set(short)) == len(short) else [*map(str, folders)]
+    if len(set(names)) < len(names):
+        raise ValueError(f"`DIR` must be different sweeps, got {', '.join(names)}.")
     with quiet():
         found = td.study.trend(
-            folders[0] if len(folders) == 1 else {folder.name: td.read_sweep(folder) for folder in folders},
+            folders[0] if len(folders) == 1 else dict(zip(names, map(td.read_sweep, folders), strict=True)),
             **only_given(
                 outcome=outcome, threshold=threshold, against=against, n_bootstrap=bootstrap,
                 n_permutations=permutations, seed=seed,

@@ -6,12 +6,13 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from tracedensity.plot.theme import COLOURS, INK, Theme, finished, label, plain, require_result
+from tracedensity.plot.theme import COLOURS, INK, NARROW, Theme, breadth, finished, label, plain, require_result
 
 if TYPE_CHECKING:
     from tracedensity.study.series import Trend
 
 _PANEL = 170  # px
+_LEFT = 84
 
 
 def plot_trend(trend: "Trend", *, theme: Theme | str = "light") -> go.Figure:
@@ -52,11 +53,14 @@ def plot_trend(trend: "Trend", *, theme: Theme | str = "light") -> go.Figure:
         figure.update_yaxes(title=title if row > 1 else label(title), row=row, col=1)
     if shared:
         figure.update_yaxes(range=[min(-0.05, float(np.nanmin(table["rho_low"])) - 0.05), 1.05], row=2, col=1)
-    names = [label(plain(str(each), 16)) for each in table["name"]]
-    figure.update_xaxes(tickvals=place, ticktext=names, range=[-0.4, len(table) - 0.6])
+    names = [plain(str(each), 16) for each in table["name"]]
+    ticks = [*map(label, names)]
+    figure.update_xaxes(tickvals=place, ticktext=ticks, tickangle=0, range=[-0.5, len(table) - 0.5])
+    room = len(names) * (12 + 7 * max(map(breadth, names)))  # px: turned labels would be left out
     n = table["n"]
     count = f"{n.max()} inputs" if n.min() == n.max() else f"{n.min()} to {n.max()} inputs"
     said = [count] if trend.outcome == "auc" else [count, f"faithfulness {trend.threshold:g}"]
     return finished(
-        figure, "Density from sweep to sweep", said, plot_height=_PANEL * (1 + shared), theme=theme, left=84
+        figure, "Density from sweep to sweep", said, plot_height=_PANEL * (1 + shared), theme=theme, left=_LEFT,
+        min_width=max(NARROW, _LEFT + 24 + room),
     )  # fmt: skip

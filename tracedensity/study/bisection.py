@@ -99,7 +99,7 @@ def target(
 ) -> Bisection:
     """The smallest circuit of a ranking that reaches a faithfulness, by halving: for models that are dear to run.
 
-    `td.density` runs about a hundred circuits and finds every threshold; this finds one, in about 20 runs.
+    `td.density` finds every threshold, and draws the curve; this finds one, in the runs that `bisected` takes.
 
     Args:
         model: A model of TransformerLens, or a name for `load_model`.
