@@ -65,6 +65,7 @@ def planted(
             float(np.trapezoid(1 - np.array(heights), np.log10(np.maximum(sizes, 0.5)))) for sizes, heights in curves
         ],
         "n_edges": N_EDGES,
+        "from_first": [[size // 5 for size in sizes] for sizes, _ in curves],
         "entered": [generator.integers(1, N_EDGES, 20).tolist() for _ in range(n)],
         "graph": "token",
     }

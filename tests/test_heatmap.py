@@ -14,7 +14,7 @@ from tracedensity.graph import edge_at, unflatten
 from tracedensity.graph.circuit import Circuit
 from tracedensity.graph.component import ComponentGraph
 from tracedensity.graph.token import TokenGraph
-from tracedensity.groups import by_head, by_part, by_token
+from tracedensity.groups import by_head, by_part, by_source, by_token
 from tracedensity.plot.heatmap import plot_heatmap
 from tracedensity.plot.theme import DARK, DIVERGING, SEQUENTIAL, colour_scale
 from tracedensity.provenance import Provenance
@@ -91,6 +91,10 @@ def token_of(graph, name):
     return reader.split(".")[0], pos
 
 
+def source_of(graph, name):
+    return "all", graph.ends(*graph.edge_index(name))[0].split("@")[1]
+
+
 class TestGroups:
     def test_edges_of_heads_by_hand(self):
         # in the last layer only what goes into the last token is an edge
@@ -110,9 +114,9 @@ class TestGroups:
         ("grouped", "cell_of", "graph"),
         [
             pytest.param(grouped, cell_of, graph, id=f"{grouped.__name__}, {name}")
-            for grouped, cell_of in ((by_head, head_of), (by_token, token_of))
+            for grouped, cell_of in ((by_head, head_of), (by_token, token_of), (by_source, source_of))
             for name, graph in GRAPHS.items()
-            if grouped is by_head or graph.n_pos is not None
+            if grouped is by_head or isinstance(graph, TokenGraph) or (grouped is by_token and graph.n_pos is not None)
         ],
     )
     def test_sums_and_smallest_as_edge_by_edge(self, grouped, cell_of, graph):

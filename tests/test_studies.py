@@ -16,7 +16,7 @@ import tracedensity as td
 from tracedensity.study.bisection import bisected
 from tracedensity.study.comparison import half_areas
 from tracedensity.study.counts import Counts
-from tracedensity.study.covariates import NUMERIC, OUTCOMES, outcome_of, with_covariates
+from tracedensity.study.covariates import NUMERIC, OUTCOMES, known_outcomes, outcome_of, with_covariates
 from tracedensity.study.knees import knee, segments
 from tracedensity.study.statistics import codes
 
@@ -43,7 +43,7 @@ def test_covariates_of_texts_and_tokens_by_hand():
     assert found["gzip_ratio"][0] > 0
 
 
-def test_sizes_are_counted_in_four_ways():
+def test_sizes_are_counted_in_several_ways():
     table = planted(3)
     size = 10 ** outcome_of(table, "size", 0.9)
     heights = [np.array(each) for each in table["faithfulness"]]
@@ -54,7 +54,13 @@ def test_sizes_are_counted_in_four_ways():
     np.testing.assert_allclose(10 ** outcome_of(table, "per_token"), size / table["n_tokens"])
     shares = [np.mean(np.array(each) <= own) for each, own in zip(table["entered"], size, strict=True)]
     np.testing.assert_allclose(10 ** outcome_of(table, "component_share"), shares)
+    later = (size - size // 5) / (N_EDGES - N_EDGES // 5)
+    np.testing.assert_allclose(10 ** outcome_of(table, "later_fraction"), later)
     assert outcome_of(table, "auc").tolist() == table["auc"].tolist()
+    table["from_first"] = None
+    assert known_outcomes(table) == [name for name in OUTCOMES if name != "later_fraction"]
+    with pytest.raises(ValueError, match="tokens are no nodes"):
+        outcome_of(table, "later_fraction")
     with pytest.raises(ValueError, match="`outcome` must be one of"):
         outcome_of(table, "nonsense")
 

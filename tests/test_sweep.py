@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,10 @@ def whole(tiny_gpt2, tmp_path_factory) -> Path:
     return folder / "sweep"
 
 
+def leaving_first(kept: Mapping[str, Any]) -> int:
+    return int(kept["head"][..., 0].sum() + sum(each[:, 0].sum() for kind, each in kept.items() if kind != "head"))
+
+
 def test_every_row_is_what_density_gives(tiny_model, tmp_path):
     done = td.sweep(tiny_model, PROMPTS, tmp_path / "sweep", **OPTIONS)
     assert (done.n_prompts, done.n_made, done.n_errors) == (10, 10, 0)
@@ -75,6 +80,10 @@ def test_every_row_is_what_density_gives(tiny_model, tmp_path):
             assert sum(each["by_quarter"]) == each["size"]
             heads = kept["head"].flatten(2).any(2).sum()
             states = sum(int(kept[kind].any(1).sum()) for kind in ("mlp", "resid_attn", "resid_mlp"))
+            from_first = leaving_first(kept)
+            n_later = curve.n_edges - leaving_first(curve.ranking.graph.exists)
+            assert each["later_fraction"] == pytest.approx((each["size"] - from_first) / n_later)
+            assert from_first == row["from_first"][row["sizes"].tolist().index(int(each["size"]))]
             assert each["n_components"] == int(heads) + states == (row["entered"] <= each["size"]).sum()
         grid = points[points["index"] == number]
         assert grid["size"].tolist() == [int(share * curve.n_edges) for share in grid["share"]]
@@ -287,13 +296,21 @@ def test_curves_and_circuits_are_written_on_request(tiny_gpt2, tmp_path):
         assert circuit.verify(tiny_gpt2).faithfulness >= 0.5
 
 
-@pytest.mark.parametrize("options", [{"graph": "component"}, {"method": "best"}, {"method": "eap", "ablation": "mean"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"graph": "component"}, {"method": "best", "refine": True, "budget": 60}, {"method": "eap", "ablation": "mean"}],
+)
 def test_other_graphs_and_methods_are_swept_as_well(options, tiny_gpt2, tmp_path):
     table = td.sweep(tiny_gpt2, PROMPTS[:2], tmp_path / "sweep", **{**OPTIONS, **options}).table()
     for number, prompt in enumerate(PROMPTS[:2]):
         curve = td.density(tiny_gpt2, prompt, thresholds=(0.5, 0.9), **options)
         assert table["sizes"][number].tolist() == curve.sizes.tolist()
         assert table["auc"][number] == pytest.approx(curve.auc, abs=1e-5)
+        if isinstance(curve, td.TightCurve):
+            first = [leaving_first(curve.circuit(size=size).kept) for size in curve.sizes.tolist()]
+            assert table["from_first"][number].tolist() == first
+        elif options.get("graph") == "component":
+            assert table["from_first"][number] is None
 
 
 def test_targets_and_rarities(tmp_path):

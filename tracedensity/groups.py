@@ -149,6 +149,15 @@ def by_token(graph: Graph) -> Groups:
     return Groups(graph, tuple(rows), tuple(map(str, pos.tolist())), _spread(graph, cells))
 
 
+def by_source(graph: TokenGraph) -> Groups:
+    """Edges by the token whose state they leave: one row, and a column for each token."""
+    pos = torch.arange(graph.n_pos)
+    cells = {kind: pos.expand(shape) for kind, shape in graph.shapes.items() if kind != "neuron"}
+    if "neuron" in graph.shapes:
+        cells["neuron"] = pos[:, None].expand(graph.shapes["neuron"])
+    return Groups(graph, ("all",), tuple(map(str, pos.tolist())), cells)
+
+
 def _known(graph: Graph) -> TokenGraph | ComponentGraph:
     if not isinstance(graph, TokenGraph | ComponentGraph):
         raise ValueError(f"`graph` must be a TokenGraph or a ComponentGraph, got {type(graph).__name__}.")

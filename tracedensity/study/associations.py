@@ -8,7 +8,7 @@ import numpy as np
 from pandas import DataFrame
 
 from tracedensity.study.counts import Counts
-from tracedensity.study.covariates import NUMERIC, OUTCOMES, numbers, outcome_of, with_covariates
+from tracedensity.study.covariates import NUMERIC, known_outcomes, numbers, outcome_of, with_covariates
 from tracedensity.study.statistics import Pair, Sample, codes, holm, strata_of
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def factors(
     *,
     counts: Counts | None = None,
     model: object = None,
-    outcomes: Sequence[str] = tuple(OUTCOMES),
+    outcomes: Sequence[str] | None = None,
     threshold: float | int = 0.9,
     controls: Sequence[str] = CONTROLS,
     n_bootstrap: int = 2000,
@@ -68,14 +68,14 @@ def factors(
     exchange within strata of prompts of equal or neighbouring lengths, so that what depends on length alone is no
     finding; corrected by Holm's method for all covariates and outcomes together.
 
-    The number of edges grows with the square of the length, so that sizes are given in four ways: see `OUTCOMES`. A
+    The number of edges grows with the square of the length, so that sizes are given in several ways: see `OUTCOMES`. A
     fraction that falls while the number of edges rises does not mean that less is needed.
 
     Args:
         table: Prompts of a sweep, from `td.read_sweep`.
         counts: As for `with_covariates`.
         model: As for `with_covariates`.
-        outcomes: What may depend on the covariates, of `OUTCOMES`.
+        outcomes: What may depend on the covariates, of `OUTCOMES`; by default all that the sweep tells.
         threshold: Faithfulness at which sizes are taken.
         controls: What partial correlations hold fixed: covariates. One is not held fixed for itself.
         n_bootstrap: How often documents are resampled.
@@ -91,6 +91,7 @@ def factors(
         raise ValueError(f"`controls` must be some of {list(NUMERIC)}, got {wrong}.")
     held = tuple(name for name in controls if name in columns)
     covariates = [*columns]
+    outcomes = known_outcomes(known) if outcomes is None else outcomes
     y = {f"outcome {name}": outcome_of(known, name, threshold) for name in outcomes}
     document = codes(known["document"].astype(str).to_numpy())
     sample = Sample(document, strata_of(known["n_tokens"].to_numpy(float)), n_bootstrap, n_permutations, seed)

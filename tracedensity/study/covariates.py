@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pandas import DataFrame
 
 from tracedensity.curve import crossings, require_thresholds
@@ -38,8 +38,9 @@ SIZES: Mapping[str, str] = {
     "size": "edges of the circuit",
     "per_token": "edges of the circuit per token",
     "component_share": "share of components with an edge in the circuit, positions united",
+    "later_fraction": "edges of the circuit over all edges, both without those that leave the first token",
 }
-"""The four ways in which the size of a circuit is counted."""
+"""The ways in which the size of a circuit is counted."""
 
 OUTCOMES: Mapping[str, str] = {"auc": "area under 1 - faithfulness over log10 of size", **SIZES}
 """What may depend on covariates."""
@@ -91,7 +92,7 @@ def require_prompts(given: object) -> None:
 
 
 def outcome_of(table: Any, name: str, threshold: float | int = 0.9) -> Float[np.ndarray, " row"]:
-    """A density of each prompt: ``"auc"``, or the log10 of a size at a threshold, counted in one of four ways.
+    """A density of each prompt: ``"auc"``, or the log10 of a size at a threshold, counted in one of several ways.
 
     Args:
         table: Prompts, from `td.read_sweep`.
@@ -100,29 +101,52 @@ def outcome_of(table: Any, name: str, threshold: float | int = 0.9) -> Float[np.
             faithfulness falls again, the smallest circuit that was run and reaches it counts.
 
     Raises:
-        ValueError: If there is no such outcome.
+        ValueError: If there is no such outcome, or the sweep does not tell.
     """
     require_prompts(table)
     if name == "auc":
         return table["auc"].to_numpy(float)
     if name not in SIZES:
         raise ValueError(f"`outcome` must be one of {list(OUTCOMES)}, got {name!r}.")
+    if name not in known_outcomes(table):
+        raise ValueError(
+            f"`outcome` must be one that the sweep tells, {known_outcomes(table)}, got {name!r}: tokens are no nodes "
+            "there."
+        )
     require_thresholds((threshold,))
     curves = zip(table["sizes"], table["faithfulness"], strict=True)
-    size = np.array([float(own[crossings(torch.tensor(heights), float(threshold))[0]]) for own, heights in curves])
+    point = np.array([crossings(torch.tensor(heights), float(threshold))[0] for _, heights in curves])
     with np.errstate(divide="ignore"):
-        return np.log10(_COUNTED[name](table, size))
+        return np.log10(_COUNTED[name](table, point))
 
 
-def _components(table: Any, size: Float[np.ndarray, " row"]) -> Float[np.ndarray, " row"]:
+def known_outcomes(table: Any) -> list[str]:
+    """The outcomes that a sweep tells: on the component graph, no edge leaves a token."""
+    told = "from_first" in table.columns and table["from_first"].notna().all()
+    return [name for name in OUTCOMES if name != "later_fraction" or told]
+
+
+def _at(table: Any, column: str, point: Int[np.ndarray, " row"]) -> Float[np.ndarray, " row"]:
+    """The entry of a list at a point of each prompt's curve."""
+    return np.array([float(each[own]) for each, own in zip(table[column], point, strict=True)])
+
+
+def _components(table: Any, point: Int[np.ndarray, " row"]) -> Float[np.ndarray, " row"]:
+    size = _at(table, "sizes", point)
     return np.array([np.mean(np.asarray(each) <= own) for each, own in zip(table["entered"], size, strict=True)])
 
 
+def _later(table: Any, point: Int[np.ndarray, " row"]) -> Float[np.ndarray, " row"]:
+    n_later = table["n_edges"].to_numpy(float) - _at(table, "from_first", np.full_like(point, -1))
+    return (_at(table, "sizes", point) - _at(table, "from_first", point)) / np.where(n_later, n_later, np.nan)
+
+
 _COUNTED: Mapping[str, Callable[[Any, np.ndarray], np.ndarray]] = {
-    "fraction": lambda table, size: size / table["n_edges"].to_numpy(float),
-    "size": lambda table, size: size,
-    "per_token": lambda table, size: size / table["n_tokens"].to_numpy(float),
+    "fraction": lambda table, point: _at(table, "sizes", point) / table["n_edges"].to_numpy(float),
+    "size": lambda table, point: _at(table, "sizes", point),
+    "per_token": lambda table, point: _at(table, "sizes", point) / table["n_tokens"].to_numpy(float),
     "component_share": _components,
+    "later_fraction": _later,
 }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from pandas import DataFrame
 
-from tracedensity.study.covariates import OUTCOMES, outcome_of, require_prompts
+from tracedensity.study.covariates import known_outcomes, outcome_of, require_prompts
 from tracedensity.study.statistics import codes, holm, interval, resampled
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Lengths:
 def lengths(
     table: DataFrame,
     *,
-    outcomes: Sequence[str] = tuple(OUTCOMES),
+    outcomes: Sequence[str] | None = None,
     threshold: float | int = 0.9,
     n_bootstrap: int = 2000,
     n_permutations: int = 10_000,
@@ -64,7 +64,8 @@ def lengths(
 
     Args:
         table: Prompts of such a sweep, from `td.read_sweep`.
-        outcomes: What may depend on the length, of `tracedensity.study.covariates.OUTCOMES`.
+        outcomes: What may depend on the length, of `tracedensity.study.covariates.OUTCOMES`; by default all that the
+            sweep tells.
         threshold: Faithfulness at which sizes are taken.
         n_bootstrap: How often documents are resampled.
         n_permutations: How often signs are turned.
@@ -97,7 +98,7 @@ def lengths(
     draws = list(resampled(document, n_bootstrap, seed))
     generator = np.random.default_rng(seed)
     rows, by_length = [], []
-    for name in outcomes:
+    for name in known_outcomes(known) if outcomes is None else outcomes:
         y = outcome_of(known, name, threshold)
         slopes = _slopes(np.log2(length), y, group)
         low, high = interval([slopes[draw].mean() for draw in draws])

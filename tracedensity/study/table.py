@@ -15,7 +15,7 @@ from tracedensity.evaluation import RELATIVE_SIZES, paper_sizes
 from tracedensity.faithfulness import entropy, kl_divergence
 from tracedensity.graph.component import ComponentGraph
 from tracedensity.graph.token import TokenGraph
-from tracedensity.groups import by_component, by_part
+from tracedensity.groups import by_component, by_part, by_source
 from tracedensity.model import Transformer
 from tracedensity.study.contexts import Context
 from tracedensity.study.counts import Counts
@@ -90,6 +90,7 @@ auc_inverse     double         the same of everything but the circuit
 auc_coarse      double         the same of the curve itself on those sizes
 sizes           list<int64>    numbers of edges of all circuits that were run
 faithfulness    list<double>   share of the prediction that each keeps
+from_first      list<int64>    edges of each of these circuits that leave the first token; null if tokens are no nodes
 entered         list<int64>    smallest circuit that each component has an edge in
 passes          int64          forward passes that searches took; 0 without a search
 model           string         name of the model
@@ -114,6 +115,7 @@ stable_fraction double         the other as a share
 per_token       double         size over the tokens of the prompt
 n_components    int64          heads, MLPs and skip connections with an edge in the circuit, positions united
 component_share double         the same as a share of all of them
+later_fraction  double         size as a share, both without edges that leave the first token; null as above
 faithfulness    double         what the circuit reaches
 by_part         list<int64>    its edges of heads, of MLPs and of skip connections
 by_quarter      list<int64>    its edges in each quarter of the layers, lowest first
@@ -215,6 +217,7 @@ def prediction_row(
 def curve_rows(curve: DensityCurve) -> dict[TableName, list[Row]]:
     """What is known of a prompt's circuits: one row of its own, one per threshold, one per size of the papers."""
     entered = first_entries(curve)
+    from_first = leaving_first(curve)
     known = curve.table().to_dict(orient="records")
     sizes = paper_sizes(curve.n_edges).tolist()
     counts, quarters = _made_of(curve, [*sizes, *(row["size"] for row in known)])
@@ -224,6 +227,7 @@ def curve_rows(curve: DensityCurve) -> dict[TableName, list[Row]]:
         "auc_of_edges": curve.auc_of_edges,
         "sizes": curve.sizes.tolist(),
         "faithfulness": curve.faithfulness.double().tolist(),
+        "from_first": None if from_first is None else from_first.tolist(),
         "entered": entered.tolist(),
         "passes": curve.passes if isinstance(curve, TightCurve) else 0,
         "graph": "token" if isinstance(curve.ranking.graph, TokenGraph) else "component",
@@ -240,7 +244,7 @@ def curve_rows(curve: DensityCurve) -> dict[TableName, list[Row]]:
             "auc_inverse": area(coarse, curve.inverse.faithfulness),
             "auc_coarse": area(coarse, curve.faithfulness[_point(curve, coarse)]),
         }
-    points, thresholds = _point_rows(curve), _threshold_rows(curve, known, entered)
+    points, thresholds = _point_rows(curve), _threshold_rows(curve, known, entered, from_first)
     for row, of_parts, of_quarters in zip([*points, *thresholds], counts, quarters, strict=True):
         row |= {"by_part": of_parts, "by_quarter": of_quarters}
     return {"prompts": [prompt], "thresholds": thresholds, "points": points}
@@ -268,13 +272,33 @@ def first_entries(curve: DensityCurve) -> Int[Tensor, " component"]:
     return entered
 
 
+def leaving_first(curve: DensityCurve) -> Int[Tensor, " point"] | None:
+    """How many edges of each circuit leave a state of the first token; None where tokens are no nodes.
+
+    Much attention goes to a first token that means nothing, so that lengths are compared without these edges as well.
+    """
+    graph = curve.ranking.graph
+    if not isinstance(graph, TokenGraph):
+        return None
+    groups = by_source(graph)
+    if not isinstance(curve, TightCurve):
+        return counts_in(curve.ranking.rank, curve.sizes.cpu(), groups)[:, 0, 0]
+    kept = [groups.total(curve.circuit(size=size).kept)[0, 0] for size in curve.sizes.tolist()]
+    return torch.stack(kept).long()
+
+
 def area(sizes: Int[Tensor, " point"], faithfulness: Float[Tensor, " point"]) -> float:
     """Area under 1 - faithfulness over log10 of size, over sizes of at least one edge."""
     some = sizes > 0
     return float(torch.trapezoid(1 - faithfulness[some].double(), sizes[some].double().log10()))
 
 
-def _threshold_rows(curve: DensityCurve, known: list[Row], entered: Int[Tensor, " component"]) -> list[Row]:
+def _threshold_rows(
+    curve: DensityCurve,
+    known: list[Row],
+    entered: Int[Tensor, " component"],
+    from_first: Int[Tensor, " point"] | None,
+) -> list[Row]:
     groups = by_component(curve.ranking.graph) if isinstance(curve, TightCurve) else None
     rows = []
     for row in known:
@@ -287,9 +311,17 @@ def _threshold_rows(curve: DensityCurve, known: list[Row], entered: Int[Tensor, 
             "per_token": row["size"] / len(curve.provenance.token_ids),
             "n_components": n_components,
             "component_share": n_components / len(entered),
+            "later_fraction": None if from_first is None else _later(curve, row["size"], from_first),
             "faithfulness": row["faithfulness"],
         })  # fmt: skip
     return rows
+
+
+def _later(curve: DensityCurve, size: int, from_first: Int[Tensor, " point"]) -> float:
+    """Share of the edges that leave any token but the first; NaN if there are none."""
+    point = int(_point(curve, torch.tensor([size])))
+    n_later = curve.n_edges - int(from_first[-1])
+    return (size - int(from_first[point])) / n_later if n_later else float("nan")
 
 
 def _point_rows(curve: DensityCurve) -> list[Row]:
