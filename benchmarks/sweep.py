@@ -4,7 +4,8 @@
 
 Prompts are pieces of this repository's documentation, all equally long. The loop and the sweep run the same prompts
 with the same options; the loop has as many threads of PyTorch as there are cores, the sweep as many processes of one
-thread. Both have been at work before their time is taken: what processes take to start is the same for a million.
+thread. Both have been at work before their time is taken: what processes take to start is the same for a million. Half
+of the loop is run before the sweeps and half after them, since machines that are shared change their speed.
 """
 
 import os
@@ -49,6 +50,12 @@ def rate(name: str, prompts: list[list[int]], workers: int, engine: str, options
         return len(prompts) / done.seconds, done.table()
 
 
+def loop_of(model: Any, prompts: list[list[int]], options: dict[str, Any]) -> tuple[list[td.DensityCurve], float]:
+    """Curves of prompts, one after another, and the seconds that they took."""
+    begun = time.perf_counter()
+    return [td.density(model, prompt, **options) for prompt in prompts], time.perf_counter() - begun
+
+
 def peak(name: str, n: int, n_tokens: int) -> int:
     """Peak memory in MiB of a process of its own that sweeps `n` prompts."""
     script = (
@@ -81,13 +88,14 @@ def main(
         prompts = prompts_of(model, tokens, n)
         torch.set_num_threads(cores)
         td.density(model, prompts[0], **options)
-        begun = time.perf_counter()
-        curves = [td.density(model, prompt, **options) for prompt in prompts[:n_loop]]
-        loop = n_loop / (time.perf_counter() - begun)
-        print(f"\n{name}\n  loop of td.density        {loop:6.2f} prompts per second")
+        curves, before = loop_of(model, prompts[: n_loop // 2], options)
         engines = [("local", 1), ("local", cores), *([("ray", 1), ("ray", cores)] if ray else [])]
-        for engine, workers in engines:
-            found, table = rate(name, prompts, workers, engine, options)
+        swept = {each: rate(name, prompts, each[1], each[0], options) for each in engines}
+        torch.set_num_threads(cores)
+        others, after = loop_of(model, prompts[n_loop // 2 : n_loop], options)
+        curves, loop = curves + others, n_loop / (before + after)
+        print(f"\n{name}\n  loop of td.density        {loop:6.2f} prompts per second")
+        for (engine, workers), (found, table) in swept.items():
             apart = max(
                 float(np.abs(np.asarray(heights) - curve.faithfulness.numpy()).max())
                 for heights, curve in zip(table["faithfulness"], curves, strict=False)

@@ -7,7 +7,6 @@ Sweeps go on where an earlier run ended. Figures need kaleido and a Chrome or Ch
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,11 +71,14 @@ def checkpoints(places: Places, counts: dict[tuple[str, str], Any], tokens: int,
     """Train for a short time, and sweep six models of the way; how many prompts that were."""
     folder = places.out / "training"
     tokenizer = Path(td.__file__).parent / "assets" / "tokenizer" / "tokenizer.json"
+    threads = torch.get_num_threads()
+    # not as the bundled models were: in bfloat16, many processors would take hours
     train.main(
-        places.data / "books", out=folder, model="books-gpt2", tokens=tokens, tokenizer=tokenizer, keep=6,
-        decay=0.4, compiled=shutil.which("cc") is not None, every=10**9, threads=os.cpu_count() or 1,
+        places.data / "books", out=folder, model="books-gpt2", pattern="train-0.txt", tokens=tokens, batch=8, lr=2e-3,
+        tokenizer=tokenizer, keep=6, half=False, muon=False, compiled=False, every=10**9,
+        threads=os.cpu_count() or 1,
     )  # fmt: skip
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(threads)
     text, _ = places.text("wikitext")
     n_prompts = 0
     for path in td.study.checkpoints(folder / "steps"):

@@ -105,8 +105,6 @@ def counts_in(
     """Counts of nested circuits, of all sizes at once."""
     shape = (len(sizes), len(groups.rows), len(groups.columns))
     n_cells = shape[1] * shape[2]
-    entering = torch.zeros(shape, dtype=torch.long)
-    for kind, exists in groups.graph.exists.items():
-        point = torch.searchsorted(sizes, rank[kind][exists].long(), right=True)  # the first whose size is above it
-        entering += (point * n_cells + groups.cell[kind][exists]).bincount(minlength=entering.numel()).view(shape)
-    return entering.cumsum(0)
+    point = torch.searchsorted(sizes, groups.laid_out(rank).long(), right=True)  # the first whose size is above it
+    entering = (point * n_cells + groups.of_edges).bincount(minlength=len(sizes) * n_cells)
+    return entering.view(shape).cumsum(0)

@@ -230,9 +230,10 @@ class DensityCurve(Points):
         """One row per threshold: first and stable minimal size, in edges and as shares, and what the first reaches."""
         import pandas as pd
 
-        return pd.DataFrame(self._rows())
+        return pd.DataFrame(self.rows())
 
-    def _rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of `table`."""
         rows = []
         for threshold in self.thresholds:
             first, stable = self.minimal_size(threshold), self.minimal_size(threshold, stable=True)
@@ -286,7 +287,7 @@ class DensityCurve(Points):
                     "stable_fraction": row["stable_fraction"],
                     "faithfulness": row["faithfulness"],
                 }
-                for row in self._rows()
+                for row in self.rows()
             },
             "baselines": {
                 name: {"sizes": points.sizes.tolist(), "faithfulness": points.faithfulness.tolist()}
@@ -366,7 +367,7 @@ class DensityCurve(Points):
         pruned = "" if self.pruned_sizes is None else f"{'after pruning':>16}"
         robust = "" if self.robust is None else f"{'robust':>10}"
         lines.append(f"{'faithfulness':>12}{'minimal circuit':>18}{'share':>9}{'stable from':>14}{pruned}{robust}")
-        for row in self._rows():
+        for row in self.rows():
             name, size, fraction, stable = (row[k] for k in ("threshold", "size", "fraction", "stable_size"))
             pruned = f"{row['pruned_size']:>16,}" if "pruned_size" in row else ""
             robust = f"{row['robust_size']:>10,}" if "robust_size" in row else ""
@@ -401,7 +402,7 @@ class DensityCurve(Points):
         columns = self._columns()
         rows = "".join(
             f"<tr>{''.join(f'<td>{html.escape(shown(row))}</td>' for shown in columns.values())}</tr>"
-            for row in self._rows()
+            for row in self.rows()
         )
         head = "".join(f"<th>{name}</th>" for name in columns)
         remark = "<br>".join(html.escape(line) for line in self._robust_lines())

@@ -47,24 +47,42 @@ def nucleus_recovery(full: Full, circuit: Logits) -> Float[Tensor, "..."]:
     """
     order, length = _nuclei(full)
     shape = torch.broadcast_shapes(full.shape, circuit.shape)
-    # the circuit's probabilities in the model's order: its own order is the same as far as each is the largest of those
-    # that are left; sorting them all would take several times as long
-    probability = circuit.double().softmax(-1).expand(shape).gather(-1, order.expand(shape))
-    left = probability.flip(-1).cummax(-1).values.flip(-1)
-    in_order = probability[..., :-1] > left[..., 1:]
-    agree = in_order.long().cumprod(-1).sum(-1, keepdim=True)  # length of the common prefix
-    # where that ends between two that are equal, the one with the lower number comes first
-    ends_in_tie = (torch.nn.functional.pad(probability[..., :-1] == left[..., 1:], (0, 1))).gather(-1, agree)
-    if ends_in_tie.any():
-        circuit_order, circuit_length = _nuclei(circuit)
+    order, length, circuit = order.expand(shape), length.expand(*shape[:-1], -1), circuit.expand(shape)
+    # what has another token on top recovers nothing: most small circuits
+    some = (circuit.gather(-1, order[..., :1]) >= circuit.amax(-1, keepdim=True))[..., 0]
+    found = full.new_zeros(shape[:-1])
+    if some.any():
+        found[some] = _recovered(order[some], length[some], circuit[some]).to(found.dtype)
+    return found
+
+
+def _recovered(
+    order: Int[Tensor, "circuit d_vocab"],
+    length: Int[Tensor, "circuit nucleus"],
+    logits: Float[Tensor, "circuit d_vocab"],
+) -> Float[Tensor, " circuit"]:
+    """`nucleus_recovery`, given the model's order and the lengths of its nuclei.
+
+    Takes the circuits' probabilities in the model's order: their own order is the same as far as each is the largest of
+    those that are left. Sorting them all would take several times as long.
+    """
+    d_vocab, n_told = logits.shape[-1], int(length.max())
+    probability = logits.double().softmax(-1).gather(-1, order)
+    beyond = probability.new_full((len(logits), 1), -1.0)  # the largest behind the longest nucleus
+    if n_told < d_vocab:
+        beyond = probability[:, n_told:].amax(-1, keepdim=True)
+    probability = torch.cat([probability[:, :n_told], beyond], dim=-1)
+    left = probability.flip(-1).cummax(-1).values.flip(-1)[:, 1:]
+    agree = (probability[:, :-1] > left).long().cumprod(-1).sum(-1, keepdim=True)  # length of the common prefix
+    circuit_length = torch.searchsorted(probability[:, :-1].cumsum(-1), _cuts(probability)).clamp(max=d_vocab - 1) + 1
+    # where the prefix ends between two that are equal, the one with the lower number comes first
+    tie = torch.nn.functional.pad(probability[:, :-1] == left, (0, 1)).gather(-1, agree)
+    if tie.any():
+        circuit_order, circuit_length = _nuclei(logits)
         agree = (circuit_order == order).long().cumprod(-1).sum(-1, keepdim=True)
-    else:
-        circuit_length = _lengths(probability.cumsum(-1))
-        agree = agree + (agree == in_order.shape[-1])  # where all others are in order, so is the last
     same = (circuit_length == length) & (length <= agree)
-    masses = torch.tensor([0.0, *NUCLEI], dtype=full.dtype, device=full.device)
-    largest = (same * torch.arange(1, len(NUCLEI) + 1, device=full.device)).amax(-1)
-    return masses[largest]
+    masses = torch.tensor([0.0, *NUCLEI], dtype=torch.float64, device=logits.device)
+    return masses[(same * torch.arange(1, len(NUCLEI) + 1, device=logits.device)).amax(-1)]
 
 
 def nucleus_size(full: Full, circuit: Logits) -> Float[Tensor, "..."]:
@@ -84,8 +102,11 @@ def _nuclei(logits: Logits) -> tuple[Int[Tensor, "... d_vocab"], Int[Tensor, "..
 
 def _lengths(mass: Float[Tensor, "... d_vocab"]) -> Int[Tensor, "... nucleus"]:
     """Length of each nucleus, from the mass of all prefixes."""
-    cuts = torch.tensor(NUCLEI, dtype=mass.dtype, device=mass.device).expand(*mass.shape[:-1], -1).contiguous()
-    return torch.searchsorted(mass.contiguous(), cuts).clamp(max=mass.shape[-1] - 1) + 1
+    return torch.searchsorted(mass.contiguous(), _cuts(mass)).clamp(max=mass.shape[-1] - 1) + 1
+
+
+def _cuts(mass: Float[Tensor, "... some"]) -> Float[Tensor, "... nucleus"]:
+    return torch.tensor(NUCLEI, dtype=mass.dtype, device=mass.device).expand(*mass.shape[:-1], -1).contiguous()
 
 
 def entropy(logits: Float[Tensor, "*batch d_vocab"]) -> Float[Tensor, "*batch"]:

@@ -1,16 +1,17 @@
 """Groups of edges: which layer and part of a model, which head or which token each edge belongs to."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property, lru_cache, wraps
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from tracedensity.graph import Graph
 from tracedensity.graph.component import ComponentGraph
-from tracedensity.graph.token import TokenGraph
+from tracedensity.graph.token import SMALL, TokenGraph
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +31,15 @@ class Groups:
     columns: tuple[str, ...]
     cell: Mapping[str, Int[Tensor, "..."]]
 
+    @cached_property
+    def of_edges(self) -> Int[Tensor, " edge"]:
+        """The cell of each edge, kind after kind."""
+        return self.laid_out(self.cell)
+
+    def laid_out(self, values: Mapping[str, Tensor]) -> Shaped[Tensor, " edge"]:
+        """Values of edges, kind after kind, without the entries of tensors that are no edges."""
+        return torch.cat([values[kind].cpu()[exists] for kind, exists in self.graph.exists.items()])
+
     @property
     def n_edges(self) -> Int[Tensor, "row column"]:
         """How many edges each cell has."""
@@ -47,24 +57,34 @@ class Groups:
         self, values: Mapping[str, Tensor], how: Literal["sum", "amin"], start: float
     ) -> Float[Tensor, "row column"]:
         n_cells = len(self.rows) * len(self.columns)
-        table = torch.full((n_cells,), start, dtype=torch.float64)
-        empty = torch.ones(n_cells, dtype=torch.bool)
-        for kind, exists in self.graph.exists.items():
-            cell, value = self.cell[kind][exists], values[kind].cpu()[exists].double()
-            some = cell >= 0
-            table.scatter_reduce_(0, cell[some], value[some], how)
-            empty[cell[some]] = False
-        return table.masked_fill(empty, torch.nan).view(len(self.rows), len(self.columns))
+        cell, value = self.of_edges, self.laid_out(values).double()
+        # what belongs to no cell has one behind all others
+        table = torch.full((n_cells + 1,), start, dtype=torch.float64)
+        table.scatter_reduce_(0, torch.where(cell < 0, n_cells, cell), value, how)
+        empty = ~torch.isin(torch.arange(n_cells), cell)
+        return table[:-1].masked_fill(empty, torch.nan).view(len(self.rows), len(self.columns))
 
 
-def by_part(graph: Graph) -> Groups:
+def _made_once(make: Callable[[Any], Groups]) -> Callable[[Graph], Groups]:
+    """Groups of small graphs are made once for prompts of a length."""
+    kept = lru_cache(maxsize=2)(make)
+
+    @wraps(make)
+    def grouped(graph: Graph) -> Groups:
+        known = _known(graph)
+        return kept(known) if known.n_edges < SMALL else make(known)
+
+    return grouped
+
+
+@_made_once
+def by_part(graph: TokenGraph | ComponentGraph) -> Groups:
     """Edges by layer and by part of the model.
 
     On the token graph the layer is that of the sublayer to which an edge belongs, and the part what the edge is: of a
     head, of an MLP (or a neuron of it), or a skip connection. On the component graph the layer is that of the reader,
     the last one for the logits, and the part is the writer's.
     """
-    graph = _known(graph)
     layers = _layers(graph)
     if isinstance(graph, ComponentGraph):
         parts = ("embedding", "heads", "MLPs")[: 2 + graph.has_mlp]
@@ -79,13 +99,13 @@ def by_part(graph: Graph) -> Groups:
     return Groups(graph, layers, parts, _spread(graph, cells))
 
 
-def by_head(graph: Graph) -> Groups:
+@_made_once
+def by_head(graph: TokenGraph | ComponentGraph) -> Groups:
     """Edges by layer and by head of the layer, with a last column for its MLP, if there is one.
 
     On the component graph an edge belongs to the head or MLP that writes it; those that the embedding writes belong to
     no cell. So do skip connections.
     """
-    graph = _known(graph)
     columns = (*(f"h{head}" for head in range(graph.n_heads)), *["MLP"] * graph.has_mlp)
     heads = torch.arange(graph.n_layers * len(columns)).view(graph.n_layers, -1)
     if isinstance(graph, ComponentGraph):
@@ -95,13 +115,13 @@ def by_head(graph: Graph) -> Groups:
     return Groups(graph, _layers(graph), columns, _spread(graph, cells))
 
 
-def by_component(graph: Graph) -> Groups:
+@_made_once
+def by_component(graph: TokenGraph | ComponentGraph) -> Groups:
     """Edges by what brings them, whatever the token: one row, and a column for each.
 
     On the token graph these are heads (``a0.h1``), MLPs (``m0``) and the skip connections around them (``r0.attn``,
     ``r0.mlp``); on the component graph they are writers.
     """
-    graph = _known(graph)
     if isinstance(graph, ComponentGraph):
         cells = {"edge": torch.arange(graph.n_writers)}
         return Groups(graph, ("all",), tuple(graph.writers), _spread(graph, cells))
@@ -115,7 +135,8 @@ def by_component(graph: Graph) -> Groups:
     return Groups(graph, ("all",), tuple(names), _spread(graph, cells))
 
 
-def by_token(graph: Graph) -> Groups:
+@_made_once
+def by_token(graph: TokenGraph | ComponentGraph) -> Groups:
     """Edges by sublayer and by token.
 
     Rows are the attention and the MLP of each layer, such as ``a3`` and ``m3``. On the token graph an edge of a head
@@ -126,7 +147,6 @@ def by_token(graph: Graph) -> Groups:
     Raises:
         ValueError: If the graph does not tell tokens apart.
     """
-    graph = _known(graph)
     if graph.n_pos is None:
         raise ValueError(
             "`over` must be 'head' for a component graph whose positions are summed, got 'token'. For tokens, make it "
@@ -149,6 +169,7 @@ def by_token(graph: Graph) -> Groups:
     return Groups(graph, tuple(rows), tuple(map(str, pos.tolist())), _spread(graph, cells))
 
 
+@_made_once
 def by_source(graph: TokenGraph) -> Groups:
     """Edges by the token whose state they leave: one row, and a column for each token."""
     pos = torch.arange(graph.n_pos)

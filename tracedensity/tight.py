@@ -104,9 +104,9 @@ class TightCurve(DensityCurve):
         lost = 1 - self.faithfulness[point]
         return float(torch.trapezoid(lost.double(), relative.double().log10()))
 
-    def _rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[dict[str, Any]]:
         rows = []
-        for row in super()._rows():
+        for row in super().rows():
             circuit = self.circuit(faithfulness=row["threshold"])
             known = circuit.certificate
             rows.append({
@@ -124,7 +124,7 @@ class TightCurve(DensityCurve):
         lines.append(
             f"{'faithfulness':>12}{'minimal circuit':>18}{'share':>9}{'published':>12}{'times':>8}{robust}  known"
         )
-        for row in self._rows():
+        for row in self.rows():
             size, published = row["size"], row["published_size"]
             robust = f"{row['robust_size']:>10,}" if "robust_size" in row else ""
             lines.append(

@@ -53,8 +53,10 @@ def build(name: str) -> nn.Module:
     raise ValueError(f"`model` must be 'books-gpt2' or 'books-llama', got {name!r}.")
 
 
-def optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for embeddings, norms and biases."""
+def optimizers(model: nn.Module, lr: float, muon: bool = True) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW for embeddings, norms and biases; or AdamW for all."""
+    if not muon:
+        return [torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, betas=(0.9, 0.98), fused=True)]
     inside = [p for n, p in model.named_parameters() if p.ndim == 2 and (".h." in n or ".layers." in n)]
     chosen = {id(p) for p in inside}
     others = [p for p in model.parameters() if id(p) not in chosen]
@@ -141,6 +143,8 @@ def main(
     keep: Annotated[int, typer.Option(help="Models to keep in steps/: those of 0, ..., 1/16, 1/4, all steps.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves it to PyTorch.")] = 0,
     compiled: Annotated[bool, typer.Option(help="Compile the loss (needs a C compiler).")] = True,
+    half: Annotated[bool, typer.Option(help="bfloat16 where that is precise enough; slow without hardware.")] = True,
+    muon: Annotated[bool, typer.Option(help="Muon for matrices, in bfloat16; or AdamW for all.")] = True,
 ) -> None:
     """Train, with progress, checkpoints and resumption."""
     if threads:
@@ -158,13 +162,13 @@ def main(
     held_out_text = held_out.read_text(encoding="utf-8")[:100_000] if held_out.exists() else None
 
     net = build(model).to(device)
-    opts = optimizers(net, lr)
+    opts = optimizers(net, lr, muon)
     checkpoint = out / "checkpoint.safetensors"
     done = load(checkpoint, net, opts) if checkpoint.exists() else 0
     n_steps = math.ceil(tokens / (batch * N_CTX))
 
     def loss_of(tokens: Tensor, counted: Tensor) -> Tensor:
-        with torch.autocast(device, dtype=torch.bfloat16):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=half):
             logits = net(tokens, use_cache=False).logits
         loss = nn.functional.cross_entropy(
             logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"

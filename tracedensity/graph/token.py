@@ -16,7 +16,7 @@ from tracedensity.model import Edit, Site, Transformer
 
 _NAME = re.compile(r"(?:a(\d+)\.h(\d+)@(\d+)->|m(\d+)(?:\.n(\d+))?@|r(\d+)\.(attn|mlp)@)(\d+)")
 
-_SMALL = 2**20
+SMALL = 2**20
 """Edges of a graph that is kept for other prompts of its length."""
 
 # Where the edges of a kind are added up.
@@ -74,7 +74,7 @@ class TokenGraph:
         if neurons:
             model.W_out(0)  # raises where they cannot be told apart
         graph = cls(model.n_layers, model.n_heads, n_pos, model.has_mlp, model.d_mlp if neurons else None)
-        return _kept(graph) if graph.n_edges < _SMALL else graph
+        return _kept(graph) if graph.n_edges < SMALL else graph
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -302,9 +302,8 @@ def _kept(graph: TokenGraph) -> TokenGraph:
 def _patched(value: Tensor, absent: Tensor, instead: Tensor | None) -> Tensor:
     """A value where edges are absent, all of it (booleans) or in shares."""
     if absent.dtype == torch.bool:
-        return (
-            value.masked_fill(absent, 0.0) if instead is None else torch.where(absent, instead.to(value.dtype), value)
-        )
+        # a product takes a third of the time of masked_fill, and values are finite: visits have looked
+        return value * ~absent if instead is None else torch.where(absent, instead.to(value.dtype), value)
     # taken from one while it is precise: in half precision what is left of an edge that is nearly absent would be noise
     kept = (1 - absent).to(value.dtype)
     if instead is None:

@@ -1,7 +1,9 @@
 """Engines: where the parts of a sweep are run."""
 
+import ctypes
 import json
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
@@ -11,6 +13,8 @@ from typing import Any
 from tracedensity.extras import extra
 from tracedensity.study.contexts import Context
 from tracedensity.study.work import Done, Part, Work, Worker
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 _workers: dict[str, Worker] = {}  # of this process, by sweep: one model is held
 
@@ -33,9 +37,21 @@ def in_processes(work: Work, parts: Iterable[Part], n_workers: int) -> Iterator[
 def _run(work: Work, part: Part, parent: int) -> Done:
     if work.sweep not in _workers:
         Thread(target=_end_with, args=(parent,), daemon=True).start()
+        _keep_freed_memory()
         _workers.clear()
         _workers[work.sweep] = Worker(work)
     return _workers[work.sweep](part)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep for the next result what the last one took, in place of asking the kernel for fresh pages.
+
+    For processes of a sweep's own: a sixth of their time went into such pages.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if (mallopt := getattr(libc, "mallopt", None)) is not None:
+        mallopt(_MMAP_THRESHOLD, 2**25)  # the highest that it takes
+        mallopt(_TRIM_THRESHOLD, 2**30)
 
 
 def _end_with(parent: int) -> None:
@@ -88,6 +104,7 @@ class Actor:
     """A worker as Ray Data has it: rows of a batch in, rows of a batch out."""
 
     def __init__(self, work: Work) -> None:
+        _keep_freed_memory()
         self.worker = Worker(work)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:

@@ -218,7 +218,7 @@ def curve_rows(curve: DensityCurve) -> dict[TableName, list[Row]]:
     """What is known of a prompt's circuits: one row of its own, one per threshold, one per size of the papers."""
     entered = first_entries(curve)
     from_first = leaving_first(curve)
-    known = curve.table().to_dict(orient="records")
+    known = curve.rows()
     sizes = paper_sizes(curve.n_edges).tolist()
     counts, quarters = _made_of(curve, [*sizes, *(row["size"] for row in known)])
     prompt: Row = {
