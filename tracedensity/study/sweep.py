@@ -186,7 +186,8 @@ def sweep(
             "`prompts` must hold at least one prompt, got none: all text is too short to be cut, or empty."
         )
     if workers is None:
-        workers = 1 if not named or n_prompts <= _FEW else _usual_workers(transformer)
+        few = part_size if options["refine"] else _FEW  # a search takes longer than starting a process
+        workers = 1 if not named or n_prompts <= few else _usual_workers(transformer)
     n_made = n_errors = 0
     begun = time.monotonic()
     with _bar(n_prompts, progress) as bar:
