@@ -122,21 +122,29 @@ def studies(n: int) -> list[Study]:
     return found
 
 
-def run(study: Study, places: Places, counts: dict[tuple[str, str], Any]) -> td.Sweep | None:
+def of_checkpoints(n: int) -> Study:
+    """The sweep of `n` contexts that every checkpoint of a training gets."""
+    options = {"context_words": WORDS, "per_document": math.ceil(n / DOCUMENTS["wikitext"]), "thresholds": THRESHOLDS}
+    return Study("books-gpt2", "wikitext", "steps", n, {**options, "baselines": False})
+
+
+def run(
+    study: Study, places: Places, counts: dict[tuple[str, str], Any], checkpoint: Path | None = None
+) -> td.Sweep | None:
     """Run a sweep, or go on with it; None where there is no such model.
 
     Args:
         study: The sweep.
         places: Where things lie.
         counts: Counts of tokens, by tokenizer and corpus, which grows.
+        checkpoint: The model to run in place of the one that is named, whose sweep is one of several.
     """
-    model = places.model(study.model)
+    model = places.model(study.model) if checkpoint is None else str(checkpoint)
     if model is None:
         return None
+    out = places.out / study.name if checkpoint is None else places.out / study.kind / checkpoint.name
     text, counted = places.text(study.corpus)
     key = ("stories" if study.model == "stories260K" else "books", study.corpus)
     if key not in counts:
         counts[key] = td.study.count_tokens(model, counted)
-    return td.sweep(
-        model, text, places.out / study.name, counts=counts[key], limit=study.limit, part_size=32, **study.options
-    )
+    return td.sweep(model, text, out, counts=counts[key], limit=study.limit, part_size=32, **study.options)

@@ -17,7 +17,7 @@ import torch
 import typer
 
 import tracedensity as td
-from studies.corpora import DOCUMENTS, RANDOM, THRESHOLDS, WORDS, Places, run, studies
+from studies.corpora import DOCUMENTS, RANDOM, THRESHOLDS, WORDS, Places, of_checkpoints, run, studies
 from studies.findings import DENSE, FINDINGS, RANGE, SPARSE, Finding, Sweeps
 from training import train
 
@@ -79,14 +79,10 @@ def checkpoints(places: Places, counts: dict[tuple[str, str], Any], tokens: int,
         threads=os.cpu_count() or 1,
     )  # fmt: skip
     torch.set_num_threads(threads)
-    text, _ = places.text("wikitext")
     n_prompts = 0
     for path in td.study.checkpoints(folder / "steps"):
-        done = td.sweep(
-            str(path), text, places.out / "steps" / path.name, counts=counts["books", "wikitext"], limit=n,
-            part_size=32, context_words=WORDS, per_document=-(-n // DOCUMENTS["wikitext"]), thresholds=THRESHOLDS,
-            baselines=False,
-        )  # fmt: skip
+        done = run(of_checkpoints(n), places, counts, checkpoint=path)
+        assert done is not None
         typer.echo(f"{path.name}: {done}")
         n_prompts += done.n_prompts
     return n_prompts
@@ -97,7 +93,7 @@ def written(found: Mapping[str, Finding], images: Path, about: Mapping[str, obje
     images.mkdir(exist_ok=True)
     said: dict[str, object] = {
         **about, "words": WORDS, "random": RANDOM, "dense": f"{DENSE:.0%}", "sparse": f"{SPARSE:.0%}",
-        "range": RANGE, "threshold": f"{THRESHOLDS[-1]:g}",
+        "range": RANGE, "threshold": f"{THRESHOLDS[-1]:g}", "n_books": DOCUMENTS["books"],
     }  # fmt: skip
     for letter, each in found.items():
         said |= {f"{letter}_verdict": each.verdict, f"{letter}_table": each.table}

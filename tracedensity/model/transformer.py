@@ -37,7 +37,6 @@ class Transformer(Shape):
     """
 
     adapter: Adapter
-    _unchanged: "_Unchanged | None" = field(default=None, init=False, repr=False)
 
     @property
     def model(self) -> Any:
@@ -502,10 +501,8 @@ class Transformer(Shape):
             Logits at the last position, and the values at the sites asked for, without batch axis, both in
             float32 or better.
         """
-        if (
-            self._unchanged is not None
-            and (ahead := self._unchanged.runs.pop(tuple(tokens.tolist()), None)) is not None
-        ):
+        ahead = self._unchanged[0].runs.pop(tuple(tokens.tolist()), None) if self._unchanged else None
+        if ahead is not None:
             logits, held = ahead
             if held.keys() >= set(sites):
                 return logits, held
@@ -524,7 +521,7 @@ class Transformer(Shape):
         Returns:
             Logits at the last position of each.
         """
-        assert self._unchanged is not None
+        (known,) = self._unchanged
         held: dict[Site, Tensor] = {}
 
         def hold(value: Tensor, site: Site) -> None:
@@ -533,14 +530,14 @@ class Transformer(Shape):
         last = torch.tensor([len(each) - 1 for each in prompts], device=self.device)
         padded = torch.nn.utils.rnn.pad_sequence([*prompts], batch_first=True)
         logits = self.observe(padded, {site: partial(hold, site=site) for site in sites}, last)
-        self._unchanged.runs.clear()
+        known.runs.clear()
         for row, tokens in enumerate(prompts if sites else ()):
             n_pos = len(tokens)
             own = {
                 site: value[row, :, :n_pos, :n_pos] if site[0] == "pattern" else value[row, :n_pos]
                 for site, value in held.items()
             }
-            self._unchanged.runs[tuple(tokens.tolist())] = logits[row], own
+            known.runs[tuple(tokens.tolist())] = logits[row], own
         return logits
 
     # -- weights ---------------------------------------------------------------------------------
@@ -650,12 +647,19 @@ class Transformer(Shape):
     @contextmanager
     def unchanged(self) -> Iterator[None]:
         """While open, nothing changes the model: its weights are looked through once, and runs can be made ahead."""
-        outer = self._unchanged
-        object.__setattr__(self, "_unchanged", outer or _Unchanged(self.fingerprint()))
+        if self._unchanged:
+            yield
+            return
+        self._unchanged.append(_Unchanged(self.fingerprint()))
         try:
             yield
         finally:
-            object.__setattr__(self, "_unchanged", outer)
+            self._unchanged.clear()
+
+    @cached_property
+    def _unchanged(self) -> list["_Unchanged"]:
+        """What is known of the model while `unchanged` is open; else nothing."""
+        return []
 
     def fingerprint(self) -> str:
         """A short hash of the architecture and of all weights: the same model, or another.
@@ -667,8 +671,8 @@ class Transformer(Shape):
         Raises:
             ValueError: If a weight is NaN or infinite, naming the first.
         """
-        if self._unchanged is not None:
-            return self._unchanged.fingerprint
+        if self._unchanged:
+            return self._unchanged[0].fingerprint
         digest = hashlib.sha256()
         shape = (self.n_layers, self.n_heads, self.n_kv_heads, self.d_model, self.d_mlp, self.d_vocab)
         digest.update(json.dumps([*shape, self.adapter.behaviour()], sort_keys=True).encode())
