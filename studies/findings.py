@@ -1,6 +1,7 @@
 """The findings: numbers with intervals and null controls, figures, and verdicts by rules, for `page.md` to say.
 
-The rules, and the constants below, were written before the sweeps were run.
+The rules, and the constants below, were written before the sweeps of 1,000 contexts were run, and changed once, in a
+review, before anybody had looked at what came of them.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,10 +16,13 @@ from jaxtyping import Float, Int
 
 import tracedensity as td
 from studies.corpora import RANDOM, THRESHOLDS, TRAINED
+from tracedensity.evaluation import RELATIVE_SIZES
 from tracedensity.plot.theme import COLOURS, finished, percent
-from tracedensity.study.comparison import half_areas, unique_prompts
-from tracedensity.study.covariates import outcome_of
-from tracedensity.study.statistics import codes, interval, rank_correlations, resampled
+from tracedensity.study.comparison import unique_prompts
+from tracedensity.study.covariates import known_outcomes, outcome_of
+from tracedensity.study.grid import half_areas, on_grid
+from tracedensity.study.knees import segments
+from tracedensity.study.statistics import codes, holm, interval, rank_correlations, resampled
 
 DENSE, SPARSE = 0.5, 0.1
 """Shares of all edges above which a prediction is called dense, and below which sparse."""
@@ -26,9 +30,12 @@ DENSE, SPARSE = 0.5, 0.1
 RANGE = 3
 """Sizes of the 90th over that of the 10th percentile from which density is called dynamic."""
 
+NEARER = 0.05
+"""Total variation distance by which small circuits are nearer to the frequencies of tokens to count as shallow."""
+
 SIGNIFICANT = 0.05
 _TARGET = THRESHOLDS[-1]
-_DRAWS = 1000
+_DRAWS = 2000
 _HUES = (COLOURS["head"], COLOURS["mlp"], COLOURS["circuit"], COLOURS["residual"])
 
 Row = dict[str, Any]
@@ -88,12 +95,13 @@ def dense(sweeps: Sweeps) -> Finding:
         at = {threshold: known[known["threshold"] == threshold] for threshold in THRESHOLDS}
         found = {threshold: _median(each) for threshold, each in at.items()}
         shares = {f"at {threshold:g}": _percent(each) for threshold, each in found.items()}
+        most = at[_TARGET]
+        falls = (most["stable_size"] > most["size"]).mean()
+        shares |= {f"lasting at {_TARGET:g}": _percent(_median(most, "stable_fraction")), "differ": f"{falls:.0%}"}
         n = known["index"].nunique()
         rows.append({"model": model, "text": corpus, "estimator": estimator, **shares, "contexts": n})
-        middle = found[_TARGET][0]
-        words.setdefault(estimator, []).append(
-            "dense" if middle > DENSE else "sparse" if middle < SPARSE else "in between"
-        )
+        _, low, high = found[_TARGET]
+        words.setdefault(estimator, []).append("dense" if low > DENSE else "sparse" if high < SPARSE else "in between")
         if corpus == "wikitext":
             dash = {"published": "solid", "tight": "dot"}[estimator]
             _quartiles(figure, at.values(), f"{model}, {estimator}", _HUES[sweeps.trained.index(model)], dash)
@@ -134,8 +142,8 @@ def _gain(known: Any) -> str:
     return f"{gain.mean():.2f} ({low:.2f} to {high:.2f}, above zero for {(gain > 0).mean():.0%})"
 
 
-def _median(rows: Any) -> Estimate:
-    values = rows["fraction"].to_numpy(float)
+def _median(rows: Any, column: str = "fraction") -> Estimate:
+    values = rows[column].to_numpy(float)
     return float(np.median(values)), *_bootstrap(values, rows["document"], np.median)
 
 
@@ -159,29 +167,30 @@ def dynamic(sweeps: Sweeps) -> Finding:
     for hue, model in zip(_HUES, (*sweeps.trained, RANDOM), strict=False):
         known = unique_prompts(sweeps.prompts(model))
         other = unique_prompts(sweeps.prompts(model, kind="flow"))
-        size = 10 ** outcome_of(known, "size", _TARGET)
-        low, high = _bootstrap(size, known["document"], _range)
+        shares = {threshold: 10 ** outcome_of(known, "fraction", threshold) for threshold in THRESHOLDS}
+        spread = {at: (_range(share), *_bootstrap(share, known["document"], _range)) for at, share in shares.items()}
         halves = np.array([half_areas(*row) for row in zip(known["sizes"], known["faithfulness"], strict=True)])
         upper = _correlation(halves, known["document"])
-        both = np.stack([known.loc[other.index, "auc"], other["auc"]], axis=1)
-        lower = _correlation(both, other["document"])
-        area = known["auc"].to_numpy(float)
+        area = outcome_of(known, "area")
+        mine = area[known.index.get_indexer(other.index)]
+        lower = _correlation(np.stack([mine, outcome_of(other, "area")], axis=1), other["document"])
         rows.append({
             "model": model,
             "SD of the area": f"{area.std(ddof=1):.3f}",
-            f"sizes at {_TARGET:g}, 90th / 10th percentile": f"{_range(size):.1f} ({low:.1f} to {high:.1f})",
+            **{f"90th / 10th at {at:g}": f"{each[0]:.1f} ({each[1]:.1f} to {each[2]:.1f})"
+               for at, each in spread.items()},
             "correlation of halves": _estimate(upper),
             "with another scoring": _estimate(lower),
-            "noise": f"{1 - upper[0]:.0%} to {1 - max(lower[0], 0):.0%}",
-            "between articles": f"{intraclass(area, codes(known['document'].to_numpy())):.0%}",
+            "noise": " to ".join(f"{each:.0%}" for each in sorted((1 - upper[0], 1 - max(lower[0], 0)))),
+            "between articles": f"{max(intraclass(area, codes(known['document'].to_numpy())), 0):.0%}",
         })  # fmt: skip
-        share = np.sort(size / known["n_edges"].to_numpy(float))
+        share = np.sort(shares[_TARGET])
         figure.add_scatter(
             x=share, y=(np.arange(len(share)) + 0.5) / len(share), name=model, mode="lines",
             line={"color": hue, "dash": "dot" if model == RANDOM else "solid"},
         )  # fmt: skip
         if model != RANDOM:
-            holds.setdefault("sizes differ", []).append(_range(size) >= RANGE)
+            holds.setdefault("sizes differ", []).append(spread[_TARGET][1] >= RANGE)
             holds.setdefault("beyond noise by halves", []).append(upper[1] > 0.5)
             holds.setdefault("beyond noise by another scoring", []).append(lower[1] > 0.5)
     finished(
@@ -215,7 +224,8 @@ def shared(sweeps: Sweeps) -> Finding:
     """Are the same inputs dense for different models?"""
     tables = {model: sweeps.prompts(model) for model in (*sweeps.trained, RANDOM)}
     others = {model: sweeps.prompts(model, kind="flow") for model in tables}
-    found = td.study.compare(tables, others=others, n_bootstrap=_DRAWS, n_permutations=2000)
+    found = td.study.compare(tables, others=others, n_bootstrap=_DRAWS)
+    trained = td.study.compare({model: tables[model] for model in sweeps.trained}, n_bootstrap=_DRAWS)
     rows: list[Row] = []
     holds: dict[str, list[bool]] = {}
     for row in found.table.to_dict("records"):
@@ -223,14 +233,17 @@ def shared(sweeps: Sweeps) -> Finding:
             (row[f"{kind}rho"], row[f"{kind}low"], row[f"{kind}high"]) for kind in ("", "length_", "partial_")
         )
         rows.append({
-            "models": f"{row['a']}, {row['b']}", "correlation": _estimate(plain), "p": f"{row['p_holm']:.2g}",
-            "given lengths": _estimate(length), "given entropies and rarities too": _estimate(partial),
+            "models": f"{row['a']}, {row['b']}", "correlation": _estimate(plain),
+            "given lengths": _estimate(length), "its p": f"{row['length_p_holm']:.2g}",
+            "given entropies and rarities too": _estimate(partial), "p of that": f"{row['partial_p_holm']:.2g}",
             "ceiling": f"{row['ceiling_low']:.2f} to {row['ceiling_high']:.2f}", "contexts": row["n"],
         })  # fmt: skip
         if RANDOM not in (row["a"], row["b"]):
-            holds.setdefault("correlated", []).append(row["low"] > 0 and row["p_holm"] < SIGNIFICANT)
-            holds.setdefault("beyond entropy and rarity", []).append(row["partial_low"] > 0)
-    return Finding(_verdict(holds), _table(rows), {"": found.plot()}, {})
+            for name, kind in (("given lengths", "length"), ("beyond entropy and rarity", "partial")):
+                significant = row[f"{kind}_low"] > 0 and row[f"{kind}_p_holm"] < SIGNIFICANT
+                holds.setdefault(name, []).append(significant)
+    mean = f"{trained.mean:.2f} ({trained.low:.2f} to {trained.high:.2f})"
+    return Finding(_verdict(holds), _table(rows), {"": trained.plot()}, {"mean": mean})
 
 
 # -- (d) ---------------------------------------------------------------------------------------------
@@ -245,25 +258,25 @@ def rare(sweeps: Sweeps) -> Finding:
     """Do rarer tokens need more?"""
     rows: list[Row] = []
     holds: dict[str, list[bool]] = {}
-    figure = None
+    found: dict[tuple[str, str], Any] = {}
     for model, corpus in [(model, corpus) for model in sweeps.trained for corpus in ("wikitext", "books")] + [
         (RANDOM, "wikitext")
     ]:
-        found = td.study.factors(
-            sweeps.prompts(model, corpus), outcomes=("auc",), n_bootstrap=_DRAWS, n_permutations=2000
-        )
-        figure = figure or found.plot()
-        known: Any = found.table.set_index("covariate")
+        found[model, corpus] = td.study.factors(sweeps.prompts(model, corpus), outcomes=("area",), n_bootstrap=_DRAWS)
+    _correct(found.values(), ("p", "partial_p"))
+    for (model, corpus), factors in found.items():
+        known: Any = factors.table.set_index("covariate")
         row: Row = {"model": model, "text": corpus}
         for covariate, name in _RARITIES.items():
             each = known.loc[covariate]
-            stars = [_star(each["p_holm"]), _star(each["partial_p_holm"])]
+            above = [each[f"{kind}low"] > 0 and each[f"{kind}p_holm"] < SIGNIFICANT for kind in ("", "partial_")]
+            below = [each[f"{kind}high"] < 0 and each[f"{kind}p_holm"] < SIGNIFICANT for kind in ("", "partial_")]
+            stars = ["*" * bool(up or down) for up, down in zip(above, below, strict=True)]
             row[name] = f"{each['rho']:.2f}{stars[0]}, {each['partial_rho']:.2f}{stars[1]}"
             if model != RANDOM and covariate != "entropy":
-                holds.setdefault(name, []).append(each["rho"] > 0 and each["partial_rho"] > 0 and all(stars))
+                holds.setdefault(name, []).append(all(above))
         rows.append(row)
-    assert figure is not None
-    return Finding(_verdict(holds), _table(rows), {"": figure}, {})
+    return Finding(_verdict(holds), _table(rows), {"": next(iter(found.values())).plot()}, {})
 
 
 # -- (e) ---------------------------------------------------------------------------------------------
@@ -274,25 +287,31 @@ def long(sweeps: Sweeps) -> Finding:
     rows: list[Row] = []
     holds: dict[str, list[bool]] = {}
     rises: dict[str, list[bool]] = {}
-    figure = None
+    untrained: list[str] = []
+    found = {}
     for model in (*sweeps.trained, RANDOM):
-        found = td.study.lengths(
-            sweeps.prompts(model, kind="nested"), threshold=_TARGET, n_bootstrap=_DRAWS, n_permutations=5000
-        )
-        figure = figure or found.plot()
+        nested = sweeps.prompts(model, kind="nested")
+        outcomes = [each for each in known_outcomes(nested) if each != "auc"]
+        found[model] = td.study.lengths(nested, outcomes=outcomes, threshold=_TARGET, n_bootstrap=_DRAWS)
+    _correct(found.values(), ("p",))
+    for model, lengths in found.items():
         row: Row = {"model": model}
-        for each in found.table.to_dict("records"):
-            name = {"auc": "area"}.get(each["outcome"], str(each["outcome"]).replace("_", " "))
+        for each in lengths.table.to_dict("records"):
+            name = str(each["outcome"]).replace("_", " ")
             star = _star(each["p_holm"])
             row[name] = f"{each['slope']:+.3f}{star} ({each['low']:+.3f} to {each['high']:+.3f})"
-            if model != RANDOM:
-                holds.setdefault(name, []).append(each["slope"] < 0 and star != "")
-                rises.setdefault(name, []).append(each["slope"] > 0 and star != "")
-        rows.append({**row, "targets": found.table["n"].to_numpy().max()})
-    assert figure is not None
+            falls, grows = (bool(star) and sign * each["slope"] > 0 for sign in (-1, 1))
+            if model == RANDOM:
+                untrained += [name] * falls
+                continue
+            holds.setdefault(name, []).append(falls)
+            rises.setdefault(name, []).append(grows)
+        rows.append({**row, "targets": lengths.table["n"].to_numpy().max()})
     up = [name for name, each in rises.items() if all(each)]
     verdict = _verdict(holds) + (f"; it rises, for all of them, by {', '.join(up)}" if up else "")
-    return Finding(verdict, _table(rows), {"": figure}, {})
+    if untrained:
+        verdict += f"; that of an untrained model falls as well by {', '.join(untrained)}"
+    return Finding(verdict, _table(rows), {"": next(iter(found.values())).plot()}, {})
 
 
 # -- (f) ---------------------------------------------------------------------------------------------
@@ -303,24 +322,66 @@ def phases(sweeps: Sweeps) -> Finding:
     rows: list[Row] = []
     holds: dict[str, list[bool]] = {}
     figures: dict[str, go.Figure] = {}
-    for model in (*sweeps.trained, RANDOM):
-        found = td.study.contents(sweeps.path(model), n_bootstrap=300, n_null=200)
+    untrained = None
+    for model in (RANDOM, *sweeps.trained):
+        found = td.study.contents(sweeps.path(model), n_bootstrap=_DRAWS, n_null=200)
         circuits, random = found.phases["circuits"], found.phases["random"]
         table: Any = found.by_size
-        at_top = table[table["top1"] >= 0.5]["share"]
-        small, whole = (float(table.loc[table["share"] == share, "unigram_tv"].iloc[0]) for share in (0.001, 1.0))
+        lasting = table["share"][~(table["top1"] < 0.5)[::-1].cummax()[::-1]]
+        share, nearer = _nearer(sweeps, model)
         rows.append({
-            "model": model, "break": _break(circuits), "break of random circuits": _break(random),
-            "top token in half": "never" if at_top.empty else f"{at_top.iloc[0]:.2%}",
-            "distance to frequencies at 0.1%, of the model": f"{small:.2f}, {whole:.2f}",
+            "model": model, "break": _break(circuits), "three pieces": _pieces(sweeps, model),
+            "break of random circuits": _break(random),
+            "top token in half from": f"{lasting.iloc[0]:.2%}",
+            "nearest to the frequencies at": f"{share:.2%}", "nearer than the model by": _estimate(nearer),
         })  # fmt: skip
+        if model == RANDOM:
+            untrained = circuits
+            continue
         figures = figures or {"": found.plot("phases"), "predictions": found.plot("prediction")}
-        if model != RANDOM:
-            apart = random.break_at is None or circuits.high < random.low or circuits.low > random.high
-            holds.setdefault("a break", []).append(circuits.break_at is not None and circuits.found >= 0.95)
-            holds.setdefault("apart from that of random circuits", []).append(apart)
-            holds.setdefault("small circuits near the frequencies", []).append(small < whole - 0.05)
-    return Finding(_verdict(holds), _table(rows), figures, {})
+        assert untrained is not None
+        apart = untrained.break_at is None or circuits.high < untrained.low or circuits.low > untrained.high
+        bent = circuits.break_at is not None and circuits.found >= 0.95 and circuits.slopes[0] > circuits.slopes[-1]
+        holds.setdefault("steep, then flat", []).append(bent)
+        holds.setdefault("broken elsewhere than an untrained model", []).append(bent and apart)
+        holds.setdefault("small circuits nearer to the frequencies", []).append(nearer[1] > NEARER)
+    return Finding(_verdict(holds), _table([*rows[1:], rows[0]]), figures, {})
+
+
+def _pieces(sweeps: Sweeps, model: str) -> str:
+    """Where the mean curve breaks if it may break twice, and how steep its pieces are."""
+    prompts = sweeps.prompts(model)
+    x = np.log10(RELATIVE_SIZES)
+    able = 10**x * float(prompts["n_edges"].median()) >= _shortest(prompts)
+    curves = [on_grid(*row)[able] for row in zip(prompts["sizes"], prompts["faithfulness"], strict=True)]
+    found = segments(x[able], np.mean(curves, axis=0))
+    if found.n_segments < 3:
+        return "no better"
+    edges = [x[able][0], *found.breaks, x[-1]]
+    slopes = np.diff(np.interp(edges, x[able], found.fitted)) / np.diff(edges)
+    slopes_ = ", ".join(f"{each:.2f}" for each in slopes)
+    return f"at {10 ** found.breaks[0]:.2%} and {10 ** found.breaks[1]:.2%}; {slopes_}"
+
+
+def _shortest(prompts: Any) -> int:
+    """Edges without which nothing leads from an embedding to the prediction: one for each sublayer."""
+    return sum(name.startswith("r") for name in prompts.attrs["sweep"]["components"])
+
+
+def _nearer(sweeps: Sweeps, model: str) -> tuple[float, Estimate]:
+    """At which size circuits predict what is nearest to the frequencies, and how much nearer than the model.
+
+    Among sizes that can lead from an embedding to the prediction; the best of these is taken in each resampling anew.
+    """
+    points, prompts = sweeps.prompts(model, table="points"), sweeps.prompts(model)
+    far = points.pivot(index="index", columns="share", values="unigram_tv")
+    distance = far.to_numpy(float)
+    able = np.array(far.columns) * float(prompts["n_edges"].median()) >= _shortest(prompts)
+    nearer = distance[:, -1:] - distance[:, able]
+    best = int(nearer.mean(0).argmax())
+    document = prompts.set_index("index").loc[far.index, "document"]
+    interval_ = _bootstrap(nearer, document, lambda some: some.mean(0).max())
+    return float(np.array(far.columns)[able][best]), (float(nearer.mean(0)[best]), *interval_)
 
 
 def _break(each: Any) -> str:
@@ -335,7 +396,7 @@ def _break(each: Any) -> str:
 
 def training(sweeps: Sweeps) -> Finding:
     """How density goes over training."""
-    found = td.study.trend(sweeps.folder / "steps", n_bootstrap=_DRAWS, n_permutations=5000)
+    found = td.study.trend(sweeps.folder / "steps", n_bootstrap=_DRAWS)
     rows: list[Row] = []
     changes = []
     for row in found.table.to_dict("records"):
@@ -352,7 +413,9 @@ def training(sweeps: Sweeps) -> Finding:
         if not first:
             changes.append("up" if row["change"] > 0 else "down")
             changes[-1] = changes[-1] if row["p_holm"] < SIGNIFICANT else "no change"
-    return Finding(f"From checkpoint to checkpoint: {', '.join(changes)}", _table(rows), {"": found.plot()}, {})
+    return Finding(
+        f"The area, from checkpoint to checkpoint: {', '.join(changes)}", _table(rows), {"": found.plot()}, {}
+    )
 
 
 FINDINGS: Mapping[str, Callable[[Sweeps], Finding]] = {
@@ -361,6 +424,16 @@ FINDINGS: Mapping[str, Callable[[Sweeps], Finding]] = {
 """By their letters."""
 
 # -- what all of them use ----------------------------------------------------------------------------
+
+
+def _correct(found: Iterable[Any], names: Sequence[str]) -> None:
+    """Correct p values for the number of all tests in several tables."""
+    tables = [each.table for each in found]
+    p = [table[name].to_numpy(float) for table in tables for name in names]
+    corrected = iter(np.split(holm(np.concatenate(p)), np.cumsum([len(each) for each in p])[:-1]))
+    for table in tables:
+        for name in names:
+            table[f"{name}_holm"] = next(corrected)
 
 
 def _bootstrap(values: Any, document: Any, of: Callable[[Any], Any]) -> tuple[float, float]:

@@ -18,7 +18,7 @@ import typer
 
 import tracedensity as td
 from studies.corpora import DOCUMENTS, RANDOM, THRESHOLDS, WORDS, Places, of_checkpoints, run, studies
-from studies.findings import DENSE, FINDINGS, RANGE, SPARSE, Finding, Sweeps
+from studies.findings import DENSE, FINDINGS, NEARER, RANGE, SPARSE, Finding, Sweeps
 from training import train
 
 ROOT = Path(__file__).parents[1]
@@ -41,8 +41,8 @@ def main(
     seconds: dict[str, float] = json.loads(clock.read_text()) if clock.exists() else {}
     n_prompts = n_sweeps = 0
 
-    def spent(name: str, since: float) -> None:
-        seconds[name] = seconds.get(name, 0) + time.monotonic() - since
+    def spent(name: str, since: float, anything: bool = True) -> None:
+        seconds[name] = seconds.get(name, 0) + (time.monotonic() - since) * anything
         clock.write_text(json.dumps(seconds))
 
     for study in studies(contexts):
@@ -52,12 +52,13 @@ def main(
             typer.echo(f"{study.name}: {models} has no such model, left out")
             continue
         typer.echo(f"{study.name}: {done}")
-        spent(study.name, begun)
+        spent(study.name, begun, done.n_made > 0)
         n_prompts, n_sweeps = n_prompts + done.n_prompts, n_sweeps + 1
     begun = time.monotonic()
     n_prompts, n_sweeps = n_prompts + checkpoints(places, counts, tokens, max(contexts // 5, 12)), n_sweeps + 6
     spent("training", begun)
     begun = time.monotonic()
+    seconds.pop("findings", None)  # which are made anew
     sweeps = Sweeps(out)
     found = {letter: of(sweeps) for letter, of in FINDINGS.items()}
     spent("findings", begun)
@@ -93,7 +94,7 @@ def written(found: Mapping[str, Finding], images: Path, about: Mapping[str, obje
     images.mkdir(exist_ok=True)
     said: dict[str, object] = {
         **about, "words": WORDS, "random": RANDOM, "dense": f"{DENSE:.0%}", "sparse": f"{SPARSE:.0%}",
-        "range": RANGE, "threshold": f"{THRESHOLDS[-1]:g}", "n_books": DOCUMENTS["books"],
+        "range": RANGE, "nearer": NEARER, "threshold": f"{THRESHOLDS[-1]:g}", "n_books": DOCUMENTS["books"],
     }  # fmt: skip
     for letter, each in found.items():
         said |= {f"{letter}_verdict": each.verdict, f"{letter}_table": each.table}

@@ -1,12 +1,20 @@
 """Tables like those of sweeps, of which the answer is known."""
 
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
 
+from tracedensity.curve import crossings
 from tracedensity.evaluation import RELATIVE_SIZES
-from tracedensity.study.table import TABLES, text_hash
+from tracedensity.study.folder import MANIFEST, sweep_of
+from tracedensity.study.table import SCHEMA, TABLES, schema, text_hash
 
 N_EDGES = 100_000
 
@@ -72,3 +80,42 @@ def planted(
     table = pd.DataFrame(columns)
     table["n_tokens"] = table["n_tokens"].astype(int)
     return table
+
+
+COMPONENTS = [f"a0.h{head}" for head in range(18)] + ["r0.attn", "r0.mlp"]
+
+
+def write_sweep(folder: Path, table: pd.DataFrame, thresholds: tuple[float, ...] = (0.5, 0.8, 0.9)) -> None:
+    """The folder of a sweep that has these prompts, with what follows from their curves."""
+    reached, points = [], []
+    for row in table.to_dict("records"):
+        keys: dict[str, Any] = {name: row[name] for name in ("index", "id", "document")}
+        sizes, heights = np.array(row["sizes"]), np.array(row["faithfulness"])
+        for threshold in thresholds:
+            first, stable = crossings(torch.tensor(heights), threshold)
+            size, stable_size = int(sizes[first]), int(sizes[stable])
+            reached.append({
+                **keys, "threshold": threshold, "size": size, "stable_size": stable_size, "fraction": size / N_EDGES,
+                "stable_fraction": stable_size / N_EDGES, "per_token": size / row["n_tokens"], "n_components": 20,
+                "component_share": 1.0, "faithfulness": heights[first],
+            })  # fmt: skip
+        for share in RELATIVE_SIZES:
+            size = int(share * N_EDGES)
+            height = float(heights[sizes.tolist().index(size)])
+            points.append({
+                **keys, "share": share, "size": size, "faithfulness": height, "random": height**3, "top1": height > 0.5,
+                "nucleus": height, "entropy": 2.0, "unigram_tv": 0.3 + 0.5 * height, "by_part": [size, 0, 0],
+                "by_quarter": [size, 0, 0, 0],
+            })  # fmt: skip
+    coarse = np.array([np.trapezoid(1 - np.array(each), np.log10(RELATIVE_SIZES)) for each in table["faithfulness"]])
+    prompts = table.assign(auc_coarse=coarse, auc_random=coarse + 1)
+    about = {"components": COMPONENTS, "parts": ["heads", "MLPs", "skip connections"]}
+    for name, rows in {"prompts": prompts, "thresholds": pd.DataFrame(reached), "points": pd.DataFrame(points)}.items():
+        columns = schema(name)
+        known = rows.reindex(columns=columns.names).astype(object).where(lambda each: each.notna(), None)
+        made = pa.Table.from_pylist(known.to_dict("records"), columns.with_metadata({
+            "tracedensity": json.dumps({"table": name, "schema": SCHEMA, "sweep": sweep_of(about)}),
+        }))  # fmt: skip
+        (folder / name).mkdir(parents=True)
+        pq.write_table(made, folder / name / "part-00000.parquet")
+    (folder / MANIFEST).write_text(json.dumps({"schema": SCHEMA, **about}))

@@ -1,10 +1,13 @@
 """How prompts are read from files and cut out of text."""
 
+import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import tracedensity as td
 from tracedensity.model import Transformer, as_transformer
@@ -122,6 +125,53 @@ def test_a_bad_row_is_a_context_with_its_error(written, model):
     assert [bool(each.error) for each in found] == [False, True, True, True, True]
     assert "no JSON" in found[1].error and "missing" in found[2].error and "column" in found[3].error
     assert len({each.id for each in found}) == 5
+
+
+def test_lines_of_json_may_have_columns_of_their_own(written, model):
+    found = contexts(written("some.jsonl", '{not json\n{"other": 1}\n{"prompt": "fine"}'), model)
+    assert [bool(each.error) for each in found] == [True, True, False]
+    with pytest.raises(ValueError, match=r"some\.jsonl: the column of prompts must be one of"):
+        contexts(written("some.jsonl", '{"other": 1}\n' * 40), model)
+
+
+def test_bytes_that_are_no_text_are_the_error_of_their_row(tmp_path, model):
+    path = tmp_path / "some.txt"
+    path.write_bytes("fine text\n".encode("utf-8-sig") + b"caf\xe9 text\n" + b"more text\n")
+    whole = contexts(path, model)
+    assert [each.prompt for each in whole[::2]] == ["fine text", "more text"]
+    with pytest.raises(ValueError, match="UTF-8 can write"):  # what makes it an error when it is read
+        model.tokens(whole[1].prompt)
+    for cut in (Cut(words=1), Cut(tokens=(1,))):
+        found = contexts(path, model, cut)
+        assert ["UTF-8" in each.error for each in found].count(True) == 1
+    table = tmp_path / "excel.csv"
+    table.write_bytes("prompt,id\none,caf\xe9\n".encode("utf-8-sig"))
+    assert contexts(table, model)[0].id == "caf\xe9"
+
+
+def test_whatever_a_row_holds_it_is_a_prompt_or_an_error(model):
+    good = [torch.tensor([1, 2, 3]), np.array([1, 2, 3]), {"prompt": [1, 2, 3], "target": 5.0}]
+    bad = [pd.NA, np.nan, b"bytes", {"prompt": "a", "target": 5.5}, {"prompt": "a", "target": [1]}, 7, [1.5]]
+    found = contexts([*good, *bad], model)
+    assert [each.prompt for each in found[:3]] == [(1, 2, 3)] * 3 and found[2].target == 5
+    assert all(each.error for each in found[3:])
+    frame = pd.DataFrame({"prompt": [np.array([1, 2]), np.array([3])], "target": [1, None]})
+    assert [(each.prompt, each.target) for each in contexts(frame, model)] == [((1, 2), 1), ((3,), None)]
+    assert [each.prompt for each in contexts(pd.Series(["one", "two"]), model)] == ["one", "two"]
+
+
+def test_cells_may_be_books_and_names_of_files_are_files(tmp_path, model):
+    path = tmp_path / "long.csv"
+    path.write_text("text\n" + "word " * 40_000 + "\n")
+    limit = csv.field_size_limit()
+    assert len(contexts(str(path), model)[0].prompt) == 200_000 and csv.field_size_limit() == limit
+    assert len(contexts([str(path), str(path)], model)) == 2
+
+
+def test_rows_of_one_document_have_names_of_their_own_and_share_its_limit(model):
+    rows = [{"prompt": "one two three four", "id": name, "document": "book"} for name in "ab"]
+    found = contexts(rows, model, Cut(words=1, per_document=3))
+    assert [(each.id, each.document) for each in found] == [("a:0:0", "book"), ("a:0:1", "book"), ("b:0:0", "book")]
 
 
 def test_a_table_is_cut_like_text(written, model):

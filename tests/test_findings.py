@@ -2,16 +2,18 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 import pytest
 from pandas import DataFrame
+from planted import planted, write_sweep
 from statsmodels.formula.api import ols
 from statsmodels.stats.anova import anova_lm
 
-from studies.corpora import LENGTHS, TRAINED, Places, studies
-from studies.findings import FINDINGS, Finding, _verdict, intraclass
+from studies.corpora import LENGTHS, RANDOM, TRAINED, Places, studies
+from studies.findings import FINDINGS, Finding, Sweeps, _verdict, intraclass
 from studies.reproduce import ROOT, written
 
 
@@ -36,7 +38,7 @@ def test_intraclass_is_that_of_the_analysis_of_variance():
 
 def test_the_page_asks_for_what_is_found(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(go.Figure, "write_image", lambda self, path, **_: Path(path).write_bytes(b""))
-    also = {"a": {"ratios": "R", "null": "N"}}
+    also = {"a": {"ratios": "R", "null": "N"}, "c": {"mean": "M"}}
     figures = {letter: {"": go.Figure()} for letter in FINDINGS}
     figures["f"]["predictions"] = go.Figure()
     found = {letter: Finding("Yes", "| t |", figures[letter], also.get(letter, {})) for letter in FINDINGS}
@@ -61,3 +63,78 @@ def test_every_model_is_swept_for_every_question(tmp_path: Path):
     with pytest.raises(ValueError, match="`--data` must hold wikitext2"):
         places.text("wikitext")
     assert (ROOT / "studies" / "page.md").is_file()
+
+
+N = 120
+
+
+def nested(seed: int, slope: float) -> DataFrame:
+    """Contexts of several lengths for each target, whose log10 of size changes by `slope` per doubling."""
+    own = np.random.default_rng(seed).normal(-1.5, 0.3, N // 4)
+    place = np.arange(N) % 4
+    table = planted(N, seed, density=lambda _, generator: own[np.arange(N) // 4] + slope * place)
+    table["group"] = [f"t{number // 4}" for number in range(N)]
+    table["id"] = [f"t{number // 4}:{LENGTHS[number % 4]}" for number in range(N)]
+    table["document"] = [f"d{number // 12}" for number in range(N)]
+    table["n_tokens"] = np.array(LENGTHS)[place]
+    return table
+
+
+def planted_sweeps(folder: Path, *, rarity: float, shared: float, slope: float) -> Sweeps:
+    """Sweeps of all models, in which density is what rarity, what all models share, and length make of it."""
+    common = np.random.default_rng(99).normal(0, 1, N)
+
+    def of(rarity: float, shared: float, shift: float = 0.0) -> Any:
+        def density(covariates: Any, generator: np.random.Generator) -> np.ndarray:
+            rare = covariates["rarity_target"] - covariates["rarity_target"].mean()
+            return -1.6 + shift + rarity * rare + shared * common + generator.normal(0, 0.15, N)
+
+        return density
+
+    for number, model in enumerate((*TRAINED, RANDOM)):
+        cause = of(rarity, shared) if model != RANDOM else of(0, 0)
+        kinds = {"wikitext-norm": 0, "wikitext-flow": 0, "books-norm": 9, "wikitext-tight": 0}
+        for kind, text_seed in kinds.items():
+            seed = 10 * number + (text_seed if text_seed else 0)
+            write_sweep(folder / f"{model}-{kind}", planted(N, seed, density=cause, text_seed=text_seed))
+        write_sweep(folder / f"{model}-wikitext-nested", nested(number, slope if model != RANDOM else 0.0))
+    for step in range(3):
+        cause = of(0.0, 0.4, 0.5 * (step == 2))
+        write_sweep(folder / "steps" / f"step-{step}", planted(N, 50 + step, density=cause))
+    return Sweeps(folder)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["planted", "nothing"])
+def answers(request, tmp_path_factory) -> tuple[bool, dict[str, Finding]]:
+    """What is found where everything was planted, and where nothing was."""
+    folder = tmp_path_factory.mktemp("sweeps")
+    causes = {"rarity": 0.5, "shared": 0.8, "slope": -0.3}
+    sweeps = planted_sweeps(folder, **{name: cause * request.param for name, cause in causes.items()})
+    assert sweeps.trained == list(TRAINED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("studies.findings._DRAWS", 200)
+        return request.param, {letter: of(sweeps) for letter, of in FINDINGS.items()}
+
+
+def test_verdicts_are_those_of_what_was_planted(answers):
+    planted_there, found = answers
+    verdicts = {letter: each.verdict for letter, each in found.items()}
+    # 10 ** (-1.6 + log(9) / 1.5) of all edges are 72%, but of what few share
+    assert "tight dense" in verdicts["a"] and verdicts["a"].startswith("It depends" if planted_there else "Reproduced")
+    assert verdicts["g"] == "The area, from checkpoint to checkpoint: no change, up"
+    if planted_there:
+        assert [verdicts[letter] for letter in "bc"] == ["Reproduced", "Reproduced"]
+        assert verdicts["d"] == "It depends (yes: rarity of the target; no: of the prediction, expected)"
+        assert verdicts["e"] == "Reproduced; that of an untrained model falls as well by per token"
+    else:
+        assert verdicts["c"] == verdicts["d"] == verdicts["e"] == "Not reproduced"
+        assert verdicts["b"].startswith("It depends") or verdicts["b"] == "Not reproduced"
+
+
+def test_tables_have_a_row_for_each_sweep_and_no_unknown_number(answers):
+    _, found = answers
+    rows = {letter: each.table.splitlines()[2:] for letter, each in found.items()}
+    assert [len(rows[letter]) for letter in "abcdefg"] == [9, 4, 6, 7, 4, 4, 3]
+    for each in found.values():
+        assert "nan" not in each.table.lower() and all(len(figure.data) for figure in each.figures.values())
+        assert all(line.count("|") == each.table.splitlines()[0].count("|") for line in each.table.splitlines())

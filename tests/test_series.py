@@ -1,6 +1,7 @@
 """Density from sweep to sweep: changes that were planted, nulls, and the order of checkpoints."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,8 @@ def shifted(shift: float, seed: int, n: int = 80, text_seed: int = 0) -> pd.Data
 
 def test_a_planted_change_is_found_and_paired_by_text():
     before, after = shifted(0, 1), shifted(0.3, 2).sample(frac=1, random_state=0)
-    found = td.study.trend({"a": before, "b": after}, n_bootstrap=200, n_permutations=500).table.set_index("name")
+    options: dict[str, Any] = {"outcome": "auc", "n_bootstrap": 200, "n_permutations": 500}
+    found = td.study.trend({"a": before, "b": after}, **options).table.set_index("name")
     ours = after.set_index("text_hash").loc[before["text_hash"], "auc"].to_numpy() - before["auc"].to_numpy()
     row = found.loc["b"]
     assert row["change"] == pytest.approx(ours.mean()) and row["paired"] == 80
@@ -51,7 +53,7 @@ def test_changes_against_the_first_and_other_outcomes():
 
 def test_other_texts_are_compared_by_their_means():
     before, after = shifted(0, 1), shifted(0.3, 2, text_seed=9)
-    row = td.study.trend({"a": before, "b": after}, n_bootstrap=200, n_permutations=200).table.iloc[1]
+    row = td.study.trend({"a": before, "b": after}, outcome="auc", n_bootstrap=200, n_permutations=200).table.iloc[1]
     assert row["change"] == pytest.approx(after["auc"].mean() - before["auc"].mean())
     assert row["paired"] == 0 and np.isnan(row["p"]) and row["change_low"] < row["change"] < row["change_high"]
 

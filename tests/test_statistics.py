@@ -11,6 +11,7 @@ from tracedensity.study.statistics import (
     Sample,
     exchanged,
     holm,
+    p_of_signs,
     partial,
     rank_correlations,
     resampled,
@@ -115,22 +116,39 @@ def test_what_depends_on_length_alone_is_no_finding_within_lengths():
         generator = np.random.default_rng(seed)
         length = generator.integers(8, 13, size=100).astype(float)
         columns = {"x": length + generator.normal(size=100), "y": generator.lognormal(size=100) / length**2}
-        for stratum, free in ((strata_of(length, least=2), False), (np.zeros(100, dtype=np.int64), True)):
-            found = Sample(np.arange(100), stratum, 0, 199, seed).correlations(columns, [Pair("x", "y")])[0]
-            if free:
-                raw += found.p < 0.05
-            else:
-                within += found.p < 0.05
+        strata = Sample(np.arange(100), strata_of(length), 0, 199, seed, {"none": np.zeros(100, dtype=np.int64)})
+        kept, free = strata.correlations(columns, [Pair("x", "y"), Pair("x", "y", within="none")])
+        raw, within = raw + (free.p < 0.05), within + (kept.p < 0.05)
     assert raw > 50
     assert within <= 12  # 5 are expected; more than 12 would come in 2 of 1,000 such tests
+
+
+def test_what_domains_differ_in_is_no_finding_within_domains():
+    generator = np.random.default_rng(0)
+    domain, length = np.repeat([0, 1], 100), generator.integers(8, 10, 200).astype(float)
+    columns = {name: 3 * domain + generator.normal(size=200) for name in "xy"}
+    stratum = strata_of(length, domain=domain)
+    assert all(len({*domain[stratum == each]}) == 1 for each in np.unique(stratum)) and len(np.unique(stratum)) == 4
+    both = Sample(np.arange(200), stratum, 0, 199, 0, {"length": strata_of(length)})
+    kept, raw = both.correlations(columns, [Pair("x", "y"), Pair("x", "y", within="length")])
+    assert kept.p > 0.05 > raw.p
+
+
+def test_p_of_signs_is_that_of_all_signs_and_of_no_number_is_none():
+    by_document = np.array([1.0, 2.0, -0.5, 3.0])
+    signs = np.array(np.meshgrid(*[[-1, 1]] * 4)).reshape(4, -1).T
+    exact = (np.abs(signs @ by_document) >= by_document.sum()).mean()
+    assert p_of_signs(by_document, 20_000, np.random.default_rng(0)) == pytest.approx(exact, abs=0.01)
+    assert np.isnan(p_of_signs(np.array([1.0, -np.inf]), 100, np.random.default_rng(0)))
 
 
 def test_what_strata_are_made_of_may_be_exchanged_over_all_of_them():
     generator = np.random.default_rng(0)
     length = generator.integers(8, 13, size=100).astype(float)
     columns = {"length": length, "y": length + generator.normal(size=100)}
-    strata = Sample(np.arange(100), strata_of(length, least=2), 0, 199)
-    kept, free = strata.correlations(columns, [Pair("length", "y"), Pair("length", "y", free=True)])
+    others = {"none": np.zeros(100, dtype=np.int64)}
+    strata = Sample(np.arange(100), strata_of(length, least=2), 0, 199, others=others)
+    kept, free = strata.correlations(columns, [Pair("length", "y"), Pair("length", "y", within="none")])
     assert kept.p == 1
     assert free.p == pytest.approx(1 / 200)
 

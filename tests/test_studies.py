@@ -13,10 +13,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import tracedensity as td
+from tracedensity.evaluation import RELATIVE_SIZES
 from tracedensity.study.bisection import bisected
-from tracedensity.study.comparison import half_areas
 from tracedensity.study.counts import Counts
-from tracedensity.study.covariates import NUMERIC, OUTCOMES, known_outcomes, outcome_of, with_covariates
+from tracedensity.study.covariates import NUMERIC, OUTCOMES, SIZES, known_outcomes, outcome_of, with_covariates
+from tracedensity.study.grid import half_areas
 from tracedensity.study.knees import knee, segments
 from tracedensity.study.statistics import codes
 
@@ -57,12 +58,33 @@ def test_sizes_are_counted_in_several_ways():
     later = (size - size // 5) / (N_EDGES - N_EDGES // 5)
     np.testing.assert_allclose(10 ** outcome_of(table, "later_fraction"), later)
     assert outcome_of(table, "auc").tolist() == table["auc"].tolist()
+    by_hand = [np.trapezoid(1 - each, np.log10(RELATIVE_SIZES)) for each in heights]  # of curves on just that grid
+    np.testing.assert_allclose(outcome_of(table, "area"), by_hand, rtol=1e-4)  # sizes are rounded down
     table["from_first"] = None
     assert known_outcomes(table) == [name for name in OUTCOMES if name != "later_fraction"]
     with pytest.raises(ValueError, match="tokens are no nodes"):
         outcome_of(table, "later_fraction")
     with pytest.raises(ValueError, match="`outcome` must be one of"):
         outcome_of(table, "nonsense")
+
+
+def test_areas_do_not_jump_where_a_share_becomes_an_edge(tiny_gpt2):
+    """That of the density papers' code does: what is below one edge, it counts as 1e-8 of all."""
+    found = []
+    for n_edges in (99_999, 100_000):
+        shares = np.array(RELATIVE_SIZES)
+        sizes = np.unique((shares * n_edges).astype(int))
+        table = pd.DataFrame({"sizes": [sizes], "faithfulness": [np.linspace(0.1, 1, len(sizes))], "error": None})
+        found.append(float(outcome_of(table, "area")[0]))
+    assert found[0] == pytest.approx(found[1], abs=0.05)
+
+
+def test_what_needs_no_edge_counts_as_needing_one():
+    table = planted(2)
+    table.at[0, "faithfulness"] = [0.95] * (len(table["sizes"][0]) - 1) + [1.0]
+    for name in SIZES:
+        assert np.isfinite(outcome_of(table, name, 0.9)).all()
+    assert outcome_of(table, "size", 0.9)[0] == 0
 
 
 def test_rarities_can_be_had_afterwards_from_counts_and_the_model():
@@ -175,7 +197,7 @@ def test_the_slope_that_was_planted_is_found():
     assert table.loc["size", "slope"] == pytest.approx(0.2, abs=0.08)
     assert table.loc["auc", "slope"] < 0 and table.loc["auc", "falls"] > 0.9
     assert table.loc["size", "low"] <= table.loc["size", "slope"] <= table.loc["size", "high"]
-    assert table.loc["size", "p"] == pytest.approx(1 / 201)
+    assert table.loc["size", "p"] < 0.02  # of 2 in 1,024 ways to turn the signs of ten documents
     # a token more or less changes the number of tokens by log10(length + 1), nearly
     per_token = table.loc["size", "slope"] - np.polyfit([2, 3, 4], np.log10([5, 9, 17]), 1)[0]
     assert table.loc["per_token", "slope"] == pytest.approx(per_token, abs=1e-9)
@@ -185,12 +207,32 @@ def test_the_slope_that_was_planted_is_found():
 
 def test_p_of_lengths_is_uniform_where_length_does_nothing():
     found, table = [], nested(0.0, 12)
+    table["document"] = table["group"]
     own = table["auc"].to_numpy().reshape(12, 3)
     for seed in range(200):
         table["auc"] = np.random.default_rng(seed).permuted(own, axis=1).ravel()
         options = {"n_bootstrap": 0, "n_permutations": 199, "seed": seed}
         found.append(td.study.lengths(table, outcomes=("auc",), **options).table["p"][0])
     assert kstest(found, "uniform").pvalue > 0.01
+
+
+def test_p_of_lengths_is_uniform_where_documents_have_slopes_of_their_own():
+    """What targets of one document share is no more than one piece of evidence."""
+    found, table = [], nested(0.0, 40)
+    document = np.arange(40) // 4
+    for seed in range(200):
+        generator = np.random.default_rng(seed)
+        slope = generator.normal(size=10)[document] + 0.1 * generator.normal(size=40)
+        table["auc"] = (slope[:, None] * np.arange(3)).ravel()
+        options = {"n_bootstrap": 0, "n_permutations": 199, "seed": seed}
+        found.append(td.study.lengths(table, outcomes=("auc",), **options).table["p"][0])
+    assert kstest(found, "uniform").pvalue > 0.01
+
+
+def test_targets_with_other_lengths_are_left_out():
+    table = nested(0.1, 6)
+    table.loc[:2, "id"] = ["t0:5", "t0:9", "t0:17"]
+    assert td.study.lengths(table, outcomes=("auc",), **FEW).table["n"][0] == 5
 
 
 def test_targets_that_lack_a_length_are_left_out():
@@ -215,7 +257,8 @@ def test_models_that_share_a_cause_correlate_and_others_do_not():
     table = found.table.set_index(["a", "b"])
     assert table.loc[("a", "b"), "rho"] > 0.8 and table.loc[("a", "b"), "low"] > 0.7
     assert table.loc[("a", "b"), "p_holm"] < 0.05 < table.loc[("a", "c"), "p_holm"]
-    assert found.matrix.loc["a", "b"] == pytest.approx(spearmanr(tables["a"]["auc"], tables["b"]["auc"]).statistic)
+    areas = [outcome_of(tables[name], "area") for name in "ab"]
+    assert found.matrix.loc["a", "b"] == pytest.approx(spearmanr(*areas).statistic)
     apart = [found.matrix.loc[a, b] for a, b in (("a", "b"), ("a", "c"), ("b", "c"))]
     assert found.mean == pytest.approx(np.mean(apart)) and found.low < found.mean < found.high
     assert table.loc[("a", "b"), "true_low"] <= table.loc[("a", "b"), "true_high"]
@@ -245,11 +288,52 @@ def test_inputs_are_matched_by_their_text_whatever_the_order_and_what_is_missing
 def test_reliability_is_that_of_halves_of_a_curve_and_of_another_method():
     tables, others = {"a": shared(0.1, 1), "b": shared(0.1, 2)}, {"a": shared(0.1, 3)}
     found = td.study.compare(tables, others=others, **FEW).reliability.set_index("model")
-    expected = spearmanr(tables["a"]["auc"], others["a"]["auc"]).statistic
+    expected = spearmanr(outcome_of(tables["a"], "area"), outcome_of(others["a"], "area")).statistic
     assert found.loc["a", "method"] == pytest.approx(expected) and np.isnan(found.loc["b", "method"])
     halves = np.array([half_areas(*row) for row in zip(tables["a"]["sizes"], tables["a"]["faithfulness"], strict=True)])
     assert found.loc["a", "halves"] == pytest.approx(spearmanr(*halves.T).statistic)
     assert found.loc["a", "halves"] > 0.99  # the same ranking on neighbouring sizes
+    assert np.isnan(td.study.compare(tables, outcome="size", **FEW).reliability["halves"]).all()
+
+
+def test_ceilings_are_of_both_reliabilities_and_zero_where_a_measure_goes_the_other_way():
+    tables, others = {"a": shared(0.1, 1), "b": shared(0.1, 2)}, {"a": shared(0.3, 3), "b": shared(0.3, 4)}
+    found = td.study.compare(tables, others=others, **FEW)
+    row, own = found.table.iloc[0], found.reliability.set_index("model")
+    assert row["ceiling_low"] == pytest.approx(np.sqrt(own.loc["a", "method"] * own.loc["b", "method"]))
+    assert row["ceiling_high"] == pytest.approx(np.sqrt(own.loc["a", "halves"] * own.loc["b", "halves"]))
+    assert row["true_high"] == pytest.approx(row["rho"] / row["ceiling_low"])
+    for name, other in others.items():
+        order, curves = outcome_of(tables[name], "area").argsort(), tables[name]["faithfulness"].to_numpy().copy()
+        curves[order] = curves[order[::-1]]
+        other["faithfulness"] = curves
+    turned = td.study.compare(tables, others=others, **FEW)
+    assert (turned.reliability["method"] < -0.9).all()
+    assert turned.table["ceiling_low"][0] == 0 and np.isnan(turned.table["true_high"][0])
+
+
+def test_controls_that_some_inputs_lack_cost_these_inputs_and_are_named():
+    tables = {"a": shared(0.1, 1), "b": shared(0.1, 2)}
+    tables["a"].loc[:9, "rarity_target"] = np.nan
+    tables["b"]["rarity_top"] = np.nan
+    row = td.study.compare(tables, **FEW).table.iloc[0]
+    assert (row["n"], row["partial_n"]) == (150, 140)
+    assert row["controls"] == "n_tokens, entropy, rarity_target, rarity_top"
+    tables["a"]["rarity_top"] = np.nan
+    assert td.study.compare(tables, **FEW).table["controls"][0] == "n_tokens, entropy, rarity_target"
+
+
+def test_what_lengths_explain_is_not_left_over():
+    length = np.random.default_rng(3).integers(10, 60, 150)
+
+    def of(seed: int) -> pd.DataFrame:
+        table = planted(150, seed, density=lambda _, generator: 0.03 * length - 2.5 + 0.1 * generator.normal(size=150))
+        table["n_tokens"] = length
+        return table
+
+    row = td.study.compare({"a": of(1), "b": of(2)}, **FEW).table.iloc[0]
+    assert row["rho"] > 0.8 and abs(row["length_rho"]) < 0.3
+    assert row["length_p_holm"] > 0.01
 
 
 def test_what_cannot_be_compared_is_refused():
@@ -266,8 +350,9 @@ def test_p_of_comparisons_is_uniform_for_models_that_share_nothing():
     for seed in range(200):
         tables["b"]["auc"] = np.random.default_rng(seed).permutation(tables["b"]["auc"])
         options = {"n_bootstrap": 0, "n_permutations": 99, "seed": seed}
-        found.append(td.study.compare(tables, **options).table["p"][0])
-    assert kstest(found, "uniform").pvalue > 0.01
+        row = td.study.compare(tables, outcome="auc", **options).table.iloc[0]
+        found.append([row["p"], row["length_p"], row["partial_p"]])
+    assert all(kstest(each, "uniform").pvalue > 0.01 for each in zip(*found, strict=True))
 
 
 # -- knees -------------------------------------------------------------------------------------------
@@ -406,11 +491,31 @@ def test_groups_add_up_to_r2_which_is_that_of_scikit_learn(explained):
     assert explained.groups["r2"].sum() == pytest.approx(explained.r2, abs=1e-9)
     table = planted(160, density=by_rarity)
     x = explained.covariates.to_numpy(float)
-    y = table["auc"].to_numpy(float)
+    y = outcome_of(table, "area")
     model = make_pipeline(StandardScaler(), Ridge(alpha=10.0))
     groups = codes(table["document"].to_numpy())
     predicted = cross_val_predict(model, x, y, cv=GroupKFold(5), groups=groups)
     assert explained.r2 == pytest.approx(1 - np.square(y - predicted).sum() / np.square(y - y.mean()).sum(), abs=1e-9)
+
+
+def test_values_are_those_of_a_linear_model_by_its_formula(explained):
+    table = planted(160, density=by_rarity)
+    x, y = explained.covariates.to_numpy(float), outcome_of(table, "area")
+    groups = codes(table["document"].to_numpy())
+    for train, test in GroupKFold(5).split(x, y, groups):
+        scaler = StandardScaler().fit(x[train])
+        ridge = Ridge(alpha=10.0).fit(scaler.transform(x[train]), y[train])
+        expected = ridge.coef_ * (scaler.transform(x[test]) - scaler.transform(x[train]).mean(0))
+        np.testing.assert_allclose(explained.values.to_numpy(float)[test], expected, atol=1e-9)
+
+
+def test_figures_of_shapley_values_show_every_prompt(explained):
+    bees: Any = explained.plot()
+    assert sum(len(trace.x) for trace in bees.data if trace.mode == "markers") >= explained.values.size
+    dots: Any = explained.plot("rarity_target", theme="dark").data[0]
+    np.testing.assert_allclose(np.sort(dots.x), np.sort(explained.covariates["rarity_target"]))
+    with pytest.raises(ValueError, match="`covariate` must be"):
+        explained.plot("nonsense")
 
 
 def test_values_add_up_to_predictions(explained):

@@ -20,6 +20,7 @@ import torch
 
 import tracedensity as td
 from tracedensity.study.folder import Folder
+from tracedensity.study.sweep import _shard
 from tracedensity.study.table import TABLES
 from tracedensity.study.work import Worker
 
@@ -116,12 +117,51 @@ def test_two_runs_write_the_same_bytes(tiny_gpt2, whole, tmp_path):
 
 
 def test_shards_write_together_what_one_run_writes(tiny_gpt2, whole, tmp_path, monkeypatch):
-    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
-    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
+    for name, value in {"ID": "3", "MIN": "1", "MAX": "3", "STEP": "2"}.items():  # --array=1-3:2
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
     out = tmp_path / "shards"
     assert td.sweep(tiny_gpt2, PROMPTS, out, shard="auto", **OPTIONS).n_prompts == 4
     assert td.sweep(tiny_gpt2, PROMPTS, out, shard="0/2", **OPTIONS).n_prompts == 6
     assert files(out) == files(whole)
+
+
+def test_shards_of_tasks_of_an_array_are_all_different(monkeypatch):
+    for name in ("SLURM_ARRAY_TASK_ID", "SLURM_PROCID", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="written out"):
+        _shard("auto")
+    found = []
+    for task in (4, 6):
+        for rank in range(3):
+            given = {"ARRAY_TASK_ID": task, "ARRAY_TASK_MIN": 4, "ARRAY_TASK_MAX": 6, "ARRAY_TASK_STEP": 2}
+            for name, value in {**given, "PROCID": rank, "STEP_NUM_TASKS": 3}.items():
+                monkeypatch.setenv(f"SLURM_{name}", str(value))
+            found.append(_shard("auto"))
+    assert found == [(number, 6) for number in range(6)]
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "6")  # sent again alone: all that is missing
+    for name in ("PROCID", "STEP_NUM_TASKS"):
+        monkeypatch.delenv(f"SLURM_{name}")
+    assert _shard("auto") == (0, 1)
+
+
+def test_two_runs_at_once_leave_what_the_other_writes(tiny_gpt2, whole, tmp_path):
+    out = tmp_path / "sweep"
+    shutil.copytree(whole, out)
+    node = os.uname().nodename
+    living = [out / "prompts" / f".part-00000.parquet.{node}.{os.getpid()}.{'a' * 32}",
+              out / f".sweep.json.elsewhere.1.{'b' * 32}"]  # fmt: skip
+    dead = out / f".sweep.json.{node}.{2**22 - 1}.{'c' * 32}"
+    for path in [*living, dead]:
+        path.write_bytes(b"half")
+    td.sweep(tiny_gpt2, PROMPTS, out, **OPTIONS)
+    assert all(path.exists() for path in living) and not dead.exists()
+
+
+def test_parts_that_are_not_there_yet_are_spoken_of(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "sweep")
+    (tmp_path / "sweep" / "prompts" / "part-00000.parquet").unlink()
+    with pytest.warns(UserWarning, match="lacks 1 of its first parts"):
+        assert len(td.read_sweep(tmp_path / "sweep")) == 6
 
 
 def test_a_limit_may_be_raised(tiny_gpt2, whole, tmp_path):
@@ -232,6 +272,10 @@ def test_wrong_options_are_refused_before_anything_is_written(tiny_gpt2, tmp_pat
     out = tmp_path / "sweep"
     for wrong, words in (
         ({"metric": "nonsense"}, "`metric` must be one of"),
+        ({"method": "nrom"}, "`method` must be one of"),
+        ({"ablation": "counterfactual"}, "`ablation` must be one of"),
+        ({"graph": "component", "method": "norm"}, "`method` must be"),
+        ({"family": "tallest"}, "`family` must be one of"),
         ({"limit": 0}, "`limit` must be at least 1"),
         ({"shard": "2/2"}, "`shard` must be from 0/2 to 1/2"),
         ({"shard": "some"}, "`shard` must be like"),
@@ -244,10 +288,21 @@ def test_wrong_options_are_refused_before_anything_is_written(tiny_gpt2, tmp_pat
         given = ["one two three"] if "context_words" in wrong else PROMPTS
         with pytest.raises(ValueError, match=words):
             td.sweep(tiny_gpt2, given, out, **{**OPTIONS, **wrong})
-        assert not (out / "prompts").exists()
-        shutil.rmtree(out, ignore_errors=True)
+        assert not out.exists()
     with pytest.raises(TypeError, match="no option 'sizes'"):
         td.sweep(tiny_gpt2, PROMPTS, out, sizes=(1, 2))
+
+
+@pytest.mark.parametrize("position", [-2, 1])
+def test_a_position_is_that_of_density(position, tiny_gpt2, tmp_path):
+    prompts = [prompt for prompt in PROMPTS if len(prompt) > 2][:3]
+    table = td.sweep(tiny_gpt2, prompts, tmp_path / "sweep", position=position, **OPTIONS).table()
+    for number, prompt in enumerate(prompts):
+        curve = td.density(tiny_gpt2, prompt, position=position, thresholds=(0.5, 0.9))
+        assert table["sizes"][number].tolist() == curve.sizes.tolist()
+        assert table["auc"][number] == pytest.approx(curve.auc, abs=1e-5)
+        assert table["entropy"][number] == pytest.approx(curve.entropy, abs=1e-5)
+        assert len(table["tokens"][number]) == len(prompt[: position % len(prompt) + 1])
 
 
 def test_a_bad_prompt_is_a_row_with_its_error(tiny_gpt2, tmp_path):
@@ -279,6 +334,7 @@ def test_a_value_that_is_not_finite_is_the_error_of_its_prompt_only(tiny_gpt2, t
     with tiny_gpt2.hooks(fwd_hooks=[("hook_embed", spoil)]):
         table = td.sweep(tiny_gpt2, prompts, tmp_path / "sweep", **OPTIONS).table()
     assert table["error"].notna().tolist() == [False, True, False]
+    assert table[["entropy", "margin", "top_token"]].notna().all(axis=1).tolist() == [True, False, True]
     assert "NaN" in table["error"][1] or "finite" in table["error"][1]
 
 

@@ -43,6 +43,7 @@ from tracedensity.cli.options import (
     PositionsOption,
     PromptArgument,
     QuestionOption,
+    RobustOption,
     SeedOption,
     SignedOption,
     SolvedOption,
@@ -163,10 +164,7 @@ def density(
         typer.Option("--refine", help="Search for smaller circuits at every threshold.", show_default=False),
     ] = None,
     budget: BudgetOption = None,
-    robust: Annotated[
-        bool | None,
-        typer.Option("--robust", help="Find circuits that also stand other ablations and prompts.", show_default=False),
-    ] = None,
+    robust: RobustOption = None,
     thresholds: Annotated[
         str | None,
         typer.Option(

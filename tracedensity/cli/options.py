@@ -73,6 +73,10 @@ FamilyOption = Annotated[Family | None, typer.Option(help="How scores become an 
 PositionsOption = Annotated[
     bool | None, typer.Option("--positions", help="Tell edges apart by token.", show_default=False)
 ]
+RobustOption = Annotated[
+    bool | None,
+    typer.Option("--robust", help="Find circuits that also stand other ablations and prompts.", show_default=False),
+]
 NeuronsOption = Annotated[
     bool | None, typer.Option("--neurons", help="Take every neuron of an MLP by itself.", show_default=False)
 ]

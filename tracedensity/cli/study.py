@@ -19,6 +19,8 @@ from tracedensity.cli.options import (
     MethodOption,
     ModelOption,
     PositionOption,
+    PositionsOption,
+    RobustOption,
     SeedOption,
     SignedOption,
     StepsOption,
@@ -56,8 +58,8 @@ ThresholdOption = Annotated[
     typer.Option(metavar="F", help="Faithfulness at which sizes are taken.", show_default="0.9"),
 ]
 OutcomeOption = Annotated[
-    Literal["auc", "fraction", "size", "per_token", "component_share", "later_fraction"] | None,
-    typer.Option(help="Which density.", show_default="auc"),
+    Literal["area", "auc", "fraction", "size", "per_token", "component_share", "later_fraction"] | None,
+    typer.Option(help="Which density.", show_default="area"),
 ]
 CsvOption = Annotated[Path | None, typer.Option(metavar="OUT", help="Write the table to this CSV file.")]
 BootstrapOption = Annotated[
@@ -129,6 +131,7 @@ def sweep(
         typer.Option("--refine", help="Search for smaller circuits at every threshold.", show_default=False),
     ] = None,
     budget: BudgetOption = None,
+    robust: RobustOption = None,
     thresholds: Annotated[
         str | None,
         typer.Option(
@@ -145,6 +148,7 @@ def sweep(
     ablation: AblationOption = None,
     steps: StepsOption = None,
     ungroup: UngroupOption = None,
+    positions: PositionsOption = None,
     keep_residual: Annotated[
         bool | None, typer.Option("--keep-residual", help="Keep all skip connections.", show_default=False)
     ] = None,
@@ -167,7 +171,7 @@ def sweep(
         per_document=per_document, column=column, limit=limit, shard=shard, engine=engine, workers=workers, gpus=gpus,
         threads=threads, part_size=part_size, curves=curves, resume=False if no_resume else None,
         circuits=None if circuits is None else as_numbers(circuits, "--circuits"), graph=graph, method=method,
-        family=family, refine=refine, budget=budget,
+        family=family, refine=refine, budget=budget, robust=robust, positions=positions,
         thresholds=None if thresholds is None else as_numbers(thresholds), signed=signed, metric=metric,
         ablation=ablation, steps=steps, ungroup=ungroup, keep_residual=keep_residual, attention=attention,
         baselines=False if no_baselines else None, position=position, seed=seed,

@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from tracedensity.plot.theme import COLOURS, INK, MUTED, Theme, finished, label, require_result
-from tracedensity.study.covariates import NUMERIC, OUTCOMES
+from tracedensity.study.covariates import AREAS, NUMERIC, OUTCOMES
 
 if TYPE_CHECKING:
     from tracedensity.study.associations import Factors
@@ -17,7 +17,7 @@ _ROW = 30  # px per covariate
 _PANEL = 150  # px per outcome
 
 
-def plot_factors(factors: "Factors", outcome: str = "auc", *, theme: Theme | str = "light") -> go.Figure:
+def plot_factors(factors: "Factors", outcome: str = "area", *, theme: Theme | str = "light") -> go.Figure:
     """Rank correlations of an outcome with covariates, strongest on top: plain, and given the controls.
 
     Lines are bootstrap intervals over documents. A filled point is a correlation that stays after correction for all
@@ -99,7 +99,7 @@ def plot_lengths(lengths: "Lengths", *, theme: Theme | str = "light") -> go.Figu
             },
             hovertemplate="%{x} tokens: %{y:.3f}<extra></extra>", row=row, col=1,
         )  # fmt: skip
-        axis = outcome.replace("_", " ") if outcome == "auc" else f"log10 {outcome.replace('_', ' ')}"
+        axis = outcome.replace("_", " ") if outcome in AREAS else f"log10 {outcome.replace('_', ' ')}"
         figure.update_yaxes(title=label(axis), row=row, col=1)
     ticks = sorted(set(table["length"]))
     figure.update_xaxes(type="log", tickvals=ticks, ticktext=[str(each) for each in ticks])
@@ -108,9 +108,9 @@ def plot_lengths(lengths: "Lengths", *, theme: Theme | str = "light") -> go.Figu
     return finished(
         figure, "The same predictions from longer contexts",
         [f"{targets['n'].max()} targets", f"{lengths.n_documents} documents", f"faithfulness {lengths.threshold:g}"],
-        plot_height=_PANEL * len(outcomes), theme=theme, left=84,
+        plot_height=_PANEL * len(outcomes), theme=theme, left=104,
     )  # fmt: skip
 
 
 def _about(outcome: str) -> str:
-    return "density (area under the curve)" if outcome == "auc" else f"the size of circuits ({OUTCOMES[outcome]})"
+    return "density (area under the curve)" if outcome in AREAS else f"the size of circuits ({OUTCOMES[outcome]})"

@@ -7,6 +7,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from tracedensity.plot.theme import COLOURS, INK, NARROW, Theme, breadth, finished, label, plain, require_result
+from tracedensity.study.covariates import AREAS
 
 if TYPE_CHECKING:
     from tracedensity.study.series import Trend
@@ -34,7 +35,7 @@ def plot_trend(trend: "Trend", *, theme: Theme | str = "light") -> go.Figure:
     # the last one's correlation with itself says nothing of the others
     shared = bool(table["rho"].iloc[:-1].notna().any())
     figure = make_subplots(rows=1 + shared, cols=1, shared_xaxes=True, vertical_spacing=0.1)
-    outcome = trend.outcome.replace("_", " ") if trend.outcome == "auc" else f"log10 {trend.outcome.replace('_', ' ')}"
+    outcome = trend.outcome.replace("_", " ") if trend.outcome in AREAS else f"log10 {trend.outcome.replace('_', ' ')}"
     panels = [("mean", "low", "high", outcome, INK)]
     if shared:
         panels.append(("rho", "rho_low", "rho_high", "correlation<br>with the last", COLOURS["circuit"]))
@@ -59,7 +60,7 @@ def plot_trend(trend: "Trend", *, theme: Theme | str = "light") -> go.Figure:
     room = len(names) * (12 + 7 * max(map(breadth, names)))  # px: turned labels would be left out
     n = table["n"]
     count = f"{n.max()} inputs" if n.min() == n.max() else f"{n.min()} to {n.max()} inputs"
-    said = [count] if trend.outcome == "auc" else [count, f"faithfulness {trend.threshold:g}"]
+    said = [count] if trend.outcome in AREAS else [count, f"faithfulness {trend.threshold:g}"]
     return finished(
         figure, "Density from sweep to sweep", said, plot_height=_PANEL * (1 + shared), theme=theme, left=_LEFT,
         min_width=max(NARROW, _LEFT + 24 + room),

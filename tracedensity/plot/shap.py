@@ -16,7 +16,7 @@ from tracedensity.plot.theme import (
     label,
     require_result,
 )
-from tracedensity.study.covariates import NUMERIC
+from tracedensity.study.covariates import AREAS, NUMERIC
 
 if TYPE_CHECKING:
     from tracedensity.study.shapley import ShapValues
@@ -108,7 +108,7 @@ def _counts(table: Any, names: list[str]) -> list[tuple[str, bool]]:
 
 
 def _unit(outcome: str) -> str:
-    return "area" if outcome == "auc" else "log10 of size"
+    return "area" if outcome in AREAS else "log10 of size"
 
 
 def _spread(values: Float[np.ndarray, " row"]) -> Float[np.ndarray, " row"]:

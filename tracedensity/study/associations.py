@@ -37,7 +37,7 @@ class Factors:
     n_documents: int
     controls: tuple[str, ...]
 
-    def plot(self, outcome: str = "auc", *, theme: "Theme | str" = "light") -> "go.Figure":
+    def plot(self, outcome: str = "area", *, theme: "Theme | str" = "light") -> "go.Figure":
         """Correlations with their intervals, plain and partial, see `plot_factors`."""
         from tracedensity.plot.factors import plot_factors
 
@@ -65,8 +65,9 @@ def factors(
     """Which covariates density goes with.
 
     Spearman's correlations, and partial ones of ranks; percentile intervals of a bootstrap over documents; p by
-    exchange within strata of prompts of equal or neighbouring lengths, so that what depends on length alone is no
-    finding; corrected by Holm's method for all covariates and outcomes together.
+    exchange within strata of prompts of one domain and of equal or neighbouring lengths, so that what depends on these
+    alone is no finding; corrected by Holm's method for all covariates and outcomes together. Intervals know that
+    prompts of one document are alike, p does not: where documents are few, look at both.
 
     The number of edges grows with the square of the length, so that sizes are given in several ways: see `OUTCOMES`. A
     fraction that falls while the number of edges rises does not mean that less is needed.
@@ -94,14 +95,18 @@ def factors(
     outcomes = known_outcomes(known) if outcomes is None else outcomes
     y = {f"outcome {name}": outcome_of(known, name, threshold) for name in outcomes}
     document = codes(known["document"].astype(str).to_numpy())
-    sample = Sample(document, strata_of(known["n_tokens"].to_numpy(float)), n_bootstrap, n_permutations, seed)
+    length, domain = known["n_tokens"].to_numpy(float), codes(known["domain"].fillna("").to_numpy())
+    sample = Sample(
+        document, strata_of(length, domain=domain), n_bootstrap, n_permutations, seed,
+        {"length": strata_of(length), "domain": domain},
+    )  # fmt: skip
     rows, pairs = [], []
     for name in outcomes:
         for covariate in covariates:
             given = tuple(each for each in held if each != covariate)
             rows.append({"outcome": name, "covariate": covariate, "controls": ", ".join(given)})
-            free = covariate == "n_tokens"  # exchanged within lengths, it would stay what it is
-            pairs += [Pair(covariate, f"outcome {name}", each, free) for each in ((), given)]
+            within = "domain" if covariate == "n_tokens" else "" if covariate in NUMERIC else "length"
+            pairs += [Pair(covariate, f"outcome {name}", each, within) for each in ((), given)]
     found = sample.correlations({**columns, **y}, pairs)
     for row, plain, partial in zip(rows, found[::2], found[1::2], strict=True):
         row |= {"rho": plain.rho, "low": plain.low, "high": plain.high, "p": plain.p, "n": plain.n}

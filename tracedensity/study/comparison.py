@@ -6,12 +6,11 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from pandas import DataFrame
 
-from tracedensity.evaluation import RELATIVE_SIZES, paper_sizes
-from tracedensity.study.covariates import outcome_of, require_prompts
+from tracedensity.study.covariates import AREAS, outcome_of, require_prompts
+from tracedensity.study.grid import half_areas
 from tracedensity.study.statistics import Pair, Sample, codes, holm, interval, rank_correlations, resampled, strata_of
 
 if TYPE_CHECKING:
@@ -26,12 +25,14 @@ class Comparison:
 
     Attributes:
         table: One row per pair of models: `rho`, Spearman's correlation, with its interval `low` to `high`, `p`, and
-            `p_holm` corrected for all pairs; `length_rho` and its interval given both models' lengths of the prompt;
-            `partial_rho`, its interval and `partial_p` given lengths, entropies and rarities as well;
-            `ceiling_low` and `ceiling_high`, the correlations that the measures' own unreliability would leave of a
-            perfect one; `true_low` and `true_high`, `rho` over these; `n` inputs.
-        reliability: One row per model: `halves`, the correlation of two areas from disjoint sizes of one ranking (too
-            high for reliability), and `method`, that with another way of scoring edges (too low), if that was given.
+            `p_holm` corrected for all pairs; `length_rho` and so on, given both models' lengths of the prompt;
+            `partial_rho` and so on, given entropies and rarities as well, of `partial_n` inputs: `controls` says what
+            was given, as far as it is known of more than half of the inputs; `ceiling_low` and `ceiling_high`, the
+            correlations that the measures' own unreliability would leave of a perfect one; `true_low` and `true_high`,
+            `rho` over these; `n` inputs.
+        reliability: One row per model: `halves`, the correlation of two areas, from every other size of one ranking
+            (too high for reliability: one ranking, and on small graphs one empty circuit, is in both; unknown of sizes
+            at a threshold), and `method`, that with another way of scoring edges (too low), if that was given.
         matrix: Spearman's correlations of all models.
         mean: Mean over pairs.
         low: Lower end of its interval.
@@ -66,7 +67,7 @@ class Comparison:
 def compare(
     tables: Mapping[str, DataFrame],
     *,
-    outcome: str = "auc",
+    outcome: str = "area",
     threshold: float | int = 0.9,
     others: Mapping[str, DataFrame] | None = None,
     n_bootstrap: int = 2000,
@@ -110,7 +111,7 @@ def compare(
     for name, table in same.items():
         for covariate in ("n_tokens", "entropy", "rarity_target", "rarity_top"):
             columns[f"{covariate} of {name}"] = table[covariate].to_numpy(float, na_value=np.nan)
-    columns = {name: values for name, values in columns.items() if np.isfinite(values).all()}
+    columns = {name: each for name, each in columns.items() if name in y or np.isfinite(each).mean() > 0.5}
     pairs = []
     for a, b in combinations(names, 2):
         length = tuple(f"n_tokens of {each}" for each in (a, b))
@@ -122,17 +123,22 @@ def compare(
     rows = []
     for number, (a, b) in enumerate(combinations(names, 2)):
         plain, length, partial = found[3 * number : 3 * number + 3]
-        ceilings = [np.sqrt(reliability[a][kind] * reliability[b][kind]) for kind in ("method", "halves")]
-        ceilings = sorted(each for each in ceilings if np.isfinite(each)) or [np.nan]
+        # a measure whose repetition goes the other way is not reliable at all
+        own = [[max(reliability[each][kind], 0.0) for each in (a, b)] for kind in ("method", "halves")]
+        ceilings = sorted(np.sqrt(one * other) for one, other in own if np.isfinite(one * other)) or [np.nan]
+        row: dict[str, Any] = {"a": a, "b": b}
+        for prefix, each in (("", plain), ("length_", length), ("partial_", partial)):
+            row |= {f"{prefix}{name}": getattr(each, name) for name in ("rho", "low", "high", "p")}
+        controls = dict.fromkeys(each.split(" of ")[0] for each in pairs[3 * number + 2].controls)
         rows.append({
-            "a": a, "b": b, "rho": plain.rho, "low": plain.low, "high": plain.high, "p": plain.p,
-            "length_rho": length.rho, "length_low": length.low, "length_high": length.high,
-            "partial_rho": partial.rho, "partial_low": partial.low, "partial_high": partial.high,
-            "partial_p": partial.p, "ceiling_low": ceilings[0], "ceiling_high": ceilings[-1],
-            "true_low": plain.rho / ceilings[-1], "true_high": plain.rho / ceilings[0], "n": plain.n,
+            **row, "controls": ", ".join(controls),
+            "ceiling_low": ceilings[0], "ceiling_high": ceilings[-1],
+            "true_low": plain.rho / (ceilings[-1] or np.nan), "true_high": plain.rho / (ceilings[0] or np.nan),
+            "n": plain.n, "partial_n": partial.n,
         })  # fmt: skip
     made: Any = DataFrame(rows)
-    made.insert(6, "p_holm", holm(made["p"].to_numpy(float)))
+    for prefix in ("", "length_", "partial_"):
+        made.insert(made.columns.get_loc(f"{prefix}p") + 1, f"{prefix}p_holm", holm(made[f"{prefix}p"].to_numpy(float)))
     together = np.stack([y[name] for name in names], axis=1)
     matrix = rank_correlations(together)
     apart = np.triu_indices(len(names), 1)
@@ -162,8 +168,10 @@ def _reliability(
 ) -> dict[str, dict[str, float]]:
     found = {}
     for name, table in tables.items():
-        halves = np.array([half_areas(*row) for row in zip(table["sizes"], table["faithfulness"], strict=True)])
-        found[name] = {"halves": float(rank_correlations(halves)[0, 1]), "method": np.nan}
+        found[name] = {"halves": np.nan, "method": np.nan}
+        if outcome in AREAS:
+            halves = np.array([half_areas(*row) for row in zip(table["sizes"], table["faithfulness"], strict=True)])
+            found[name]["halves"] = float(rank_correlations(halves)[0, 1])
         if name in others:
             other = unique_prompts(others[name])
             both = [each for each in table.index if each in other.index]
@@ -173,14 +181,3 @@ def _reliability(
                 theirs = outcome_of(other.loc[both], outcome, threshold)
                 found[name]["method"] = float(rank_correlations(np.stack([mine, theirs], axis=1))[0, 1])
     return found
-
-
-def half_areas(sizes: Any, faithfulness: Any) -> tuple[float, float]:
-    """Areas under 1 - faithfulness over log10 of size, from every other of the density papers' sizes, and the rest."""
-    known = torch.as_tensor(np.asarray(sizes))
-    heights = torch.as_tensor(np.asarray(faithfulness))
-    n_edges = int(known[-1])
-    asked = paper_sizes(n_edges)
-    lost = 1 - heights[(torch.searchsorted(known, asked, right=True) - 1).clamp(min=0)].double()
-    share = torch.tensor(RELATIVE_SIZES, dtype=torch.float64).log10()
-    return tuple(float(torch.trapezoid(lost[half::2], share[half::2])) for half in (0, 1))  # type: ignore[return-value]

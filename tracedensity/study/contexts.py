@@ -7,11 +7,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
 from operator import index
 from os import PathLike
 from pathlib import Path
 from typing import Any
+
+from pandas import DataFrame, Series, isna
+from pandas.api.types import is_scalar
 
 from tracedensity.model import Transformer
 
@@ -24,8 +26,20 @@ _COLUMNS = ("prompt", "text", "content")
 _ROWS = 1024
 """Rows of a Parquet file that are read together."""
 
+_ROWS_APART = 32
+"""So many lines of JSON, of which each may have columns of its own, must lack the prompt for the file to be refused."""
+
+_LONGEST = 2**31 - 1
+"""Characters in a cell of a CSV file; by itself, Python reads 2 ** 17."""
+
+_NO_TEXT = "the prompt must be text that UTF-8 can write; the file has other bytes here."
+
 _TITLE = re.compile(r"\s*= [^=].* =\s*")  # of an article, as WikiText writes it
 _HEADING = re.compile(r"\s*=( =)+ .* =( =)+\s*")  # of a part of one
+
+
+class _NoColumnError(ValueError):
+    """A row without the column of prompts."""
 
 
 @dataclass(frozen=True)
@@ -88,23 +102,35 @@ class Cut:
     def __bool__(self) -> bool:
         return self.words is not None or bool(self.tokens)
 
-    def pieces(self, document: Context, lines: Iterable[str], model: Transformer) -> Iterator[Context]:
-        """The contexts of a document, given its paragraphs."""
-        n_pieces = 0
-        for number, line in enumerate(lines):
-            cut = self._by_words(line) if self.words is not None else self._by_tokens(line, model)
-            for piece, some in enumerate(cut):
-                if self.per_document is not None and n_pieces >= self.per_document:
-                    return
-                n_pieces += 1
-                name = f"{document.id}:{number}:{piece}"
-                several = len(some) > 1
-                for prompt, target in some:
-                    length = f":{len(prompt) - len(model.beginning)}" if several else ""
-                    yield replace(
-                        document, id=name + length, prompt=prompt, target=target, document=document.id,
-                        group=name if several else "",
-                    )  # fmt: skip
+    def pieces(
+        self, document: Context, number: int, line: str, model: Transformer, taken: dict[str, int]
+    ) -> Iterator[Context]:
+        """The contexts of a paragraph.
+
+        Args:
+            document: What the text is.
+            number: Which of its paragraphs it is.
+            line: The paragraph.
+            model: Whose tokens are counted.
+            taken: How many pieces documents have had, which grows.
+        """
+        name, whole = f"{document.id}:{number}", document.document or document.id
+        if not _is_text(line):
+            yield replace(document, id=name, prompt="", document=whole, error=_NO_TEXT)
+            return
+        if self.per_document is not None and taken.get(whole, 0) >= self.per_document:
+            return
+        for piece, some in enumerate(self._by_words(line) if self.words is not None else self._by_tokens(line, model)):
+            if self.per_document is not None and taken.get(whole, 0) >= self.per_document:
+                return
+            taken[whole] = taken.get(whole, 0) + 1
+            several = len(some) > 1
+            for prompt, target in some:
+                length = f":{len(prompt) - len(model.beginning)}" if several else ""
+                yield replace(
+                    document, id=f"{name}:{piece}{length}", prompt=prompt, target=target, document=whole,
+                    group=f"{name}:{piece}" if several else "",
+                )  # fmt: skip
 
     def _by_words(self, line: str) -> Iterator[list[tuple[str, str]]]:
         words, step = line.split(), (self.words or 0) + 1
@@ -138,7 +164,7 @@ class Corpus:
         """The contexts of what a user gives.
 
         Args:
-            prompts: Paths of files, one or several; a pandas DataFrame; or a list of prompts (texts or token ids) or of
+            prompts: Files, one or several; a pandas DataFrame; or a list of prompts (texts or token ids) or of
                 dictionaries like the rows of one.
             cut: How text becomes contexts.
             column: Which column holds the prompts.
@@ -148,16 +174,18 @@ class Corpus:
         """
         if isinstance(prompts, str | PathLike):
             prompts = [Path(prompts)]
-        records = getattr(prompts, "to_dict", None)
-        if records is not None and not isinstance(prompts, Mapping):
-            prompts = list(records(orient="records"))  # a DataFrame
+        if isinstance(prompts, DataFrame):
+            prompts = prompts.to_dict(orient="records")
+        elif isinstance(prompts, Series):
+            prompts = prompts.tolist()
         if not isinstance(prompts, Sequence) or not len(prompts):
             raise ValueError(
                 "`prompts` must be a file, several files, a DataFrame or a list of prompts, got "
                 + ("none." if isinstance(prompts, Sequence) else f"a {type(prompts).__name__}.")
             )
-        if all(isinstance(each, PathLike) for each in prompts):
-            return cls(tuple(_file(Path(each)) for each in prompts), cut, column)
+        paths: list[Any] = list(prompts)
+        if all(isinstance(each, PathLike) or _is_file(each) for each in paths):
+            return cls(tuple(_file(Path(each)) for each in paths), cut, column)
         return cls(prompts, cut, column)
 
     def contexts(self, model: Transformer) -> Iterator[Context]:
@@ -207,33 +235,36 @@ class Corpus:
                     yield Context(own, prompt=line, document=own, source=name)
             return
         with_titles = any(_TITLE.fullmatch(line) for line in _lines(path))
-        number, lines = 0, []
-        for line in chain(_lines(path), [None]):
-            begins = line is None or (_TITLE.fullmatch(line) if with_titles else not line.strip())
-            if begins and lines:
-                document = Context(f"{name}:{number}", source=name)
-                yield from self.cut.pieces(document, lines, model)
-                number, lines = number + 1, []
-            is_title = line is not None and with_titles and (_TITLE.fullmatch(line) or _HEADING.fullmatch(line))
-            if line is not None and line.strip() and not is_title:
-                lines.append(line)
+        number = paragraph = 0
+        taken: dict[str, int] = {}
+        for line in _lines(path):
+            if _TITLE.fullmatch(line) if with_titles else not line.strip():
+                number, paragraph = number + bool(paragraph), 0
+                taken.clear()
+            elif line.strip() and not (with_titles and _HEADING.fullmatch(line)):
+                yield from self.cut.pieces(Context(f"{name}:{number}", source=name), paragraph, line, model, taken)
+                paragraph += 1
 
     def _of_rows(
         self, place: tuple[str, str, Path | None], rows: Iterable[tuple[int, Any]], model: Transformer
     ) -> Iterator[Context]:
         """Prompts of a table or list, or what each text of it is cut into."""
         name, source, path = place
+        taken: dict[str, int] = {}
+        n_without = 0  # rows that lack the column, from the first on
         for number, row in rows:
             try:
                 context = self._of_row(row, f"{name}:{number}", source)
             except ValueError as error:
-                if path is not None and "column" in str(error) and number == 0:
-                    raise ValueError(f"`prompts`: {path}: {error}") from error  # all others would say the same
+                n_without += isinstance(error, _NoColumnError) and n_without == number
+                enough = 1 if path is None or path.suffix != ".jsonl" else _ROWS_APART
+                if path is not None and n_without == number + 1 == enough:  # all others would say the same
+                    raise ValueError(f"`prompts`: {path}: {error}") from error
                 yield Context(f"{name}:{number}", document=f"{name}:{number}", source=source, error=str(error))
                 continue
             if self.cut and isinstance(context.prompt, str):
-                pieces = self.cut.pieces(replace(context, id=context.document), context.prompt.splitlines(), model)
-                yield from pieces
+                for paragraph, line in enumerate(context.prompt.splitlines()):
+                    yield from self.cut.pieces(context, paragraph, line, model, taken)
             else:
                 yield context
 
@@ -245,15 +276,12 @@ class Corpus:
         columns = _COLUMNS if self.column is None else (self.column,)
         column = next((each for each in columns if each in row), None)
         if column is None:
-            raise ValueError(f"the column of prompts must be one of {list(columns)}, got {list(row)[:8]}.")
+            raise _NoColumnError(f"the column of prompts must be one of {list(columns)}, got {list(row)[:8]}.")
         own = _text(row.get("id")) or name
-        target = row.get("target")
-        if _missing(target):
-            target = None
         return Context(
             own,
             _prompt(row[column]),
-            target if target is None or isinstance(target, str) else index(target),
+            _target(row.get("target")),
             document=_text(row.get("document")) or own,
             source=source,
             domain=_text(row.get("domain")),
@@ -287,7 +315,8 @@ def _sha256(path: Path) -> str:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8", errors="replace") as file:
+    # bytes that are no UTF-8 are kept apart, so that only what has them is an error
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         for line in file:
             yield line.rstrip("\n")
 
@@ -306,8 +335,14 @@ def _of_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _of_csv(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        yield from enumerate(csv.DictReader(file))
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        longest = csv.field_size_limit(_LONGEST)
+        try:
+            yield from enumerate(csv.DictReader(file))
+        except csv.Error as error:
+            raise ValueError(f"`prompts` must be CSV files, got {str(path)!r}, which is none ({error}).") from error
+        finally:
+            csv.field_size_limit(longest)
 
 
 def _of_parquet(path: Path) -> Iterator[tuple[int, Any]]:
@@ -332,17 +367,45 @@ def _prompt(given: Any) -> str | tuple[int, ...]:
     if _missing(given):
         raise ValueError("the prompt is missing.")
     try:
+        if isinstance(given, bytes):
+            raise TypeError
         return tuple(index(each) for each in (given.tolist() if hasattr(given, "tolist") else given))
     except TypeError as error:
         raise ValueError(f"the prompt must be text or token ids, got a {type(given).__name__}.") from error
 
 
+def _target(given: Any) -> str | int | None:
+    if _missing(given):
+        return None
+    if isinstance(given, str):
+        return given
+    # pandas makes floats of whole numbers of which some are missing
+    whole: Any = int(given) if isinstance(given, float) and given.is_integer() else given
+    try:
+        return index(whole)
+    except TypeError as error:
+        raise ValueError(f"the target must be text or a token id, got {given!r}.") from error
+
+
 def _missing(value: Any) -> bool:
-    return value is None or value != value or (isinstance(value, str) and not value)
+    return not value if isinstance(value, str) else bool(is_scalar(value) and isna(value))
 
 
 def _text(value: Any) -> str:
-    return "" if _missing(value) else str(value)
+    return "" if _missing(value) else written(str(value))
+
+
+def written(text: str) -> str:
+    """Text as it can be written: what is no character becomes a question mark."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _is_text(text: str) -> bool:
+    return written(text) == text
+
+
+def _is_file(given: Any) -> bool:
+    return isinstance(given, str) and given.endswith(SUFFIXES) and Path(given).is_file()
 
 
 def _plain(value: Any) -> Any:

@@ -13,6 +13,7 @@ from tracedensity.curve import crossings, require_thresholds
 from tracedensity.model import Transformer, as_transformer
 from tracedensity.setting import rows_at_once
 from tracedensity.study.counts import Counts
+from tracedensity.study.grid import grid_area
 from tracedensity.study.table import prediction_row
 
 NUMERIC: Mapping[str, str] = {
@@ -42,7 +43,13 @@ SIZES: Mapping[str, str] = {
 }
 """The ways in which the size of a circuit is counted."""
 
-OUTCOMES: Mapping[str, str] = {"auc": "area under 1 - faithfulness over log10 of size", **SIZES}
+AREAS: Mapping[str, str] = {
+    "area": "area under 1 - faithfulness over log10 of the share of edges, from 1e-5 to 1",
+    "auc": "the same as the density papers' code has it, in which it jumps where 1e-5 of all edges is one",
+}
+"""The ways in which all sizes are taken together."""
+
+OUTCOMES: Mapping[str, str] = {**AREAS, **SIZES}
 """What may depend on covariates."""
 
 
@@ -92,7 +99,9 @@ def require_prompts(given: object) -> None:
 
 
 def outcome_of(table: Any, name: str, threshold: float | int = 0.9) -> Float[np.ndarray, " row"]:
-    """A density of each prompt: ``"auc"``, or the log10 of a size at a threshold, counted in one of several ways.
+    """A density of each prompt: an area, or the log10 of a size at a threshold, counted in one of several ways.
+
+    What needs no edge counts as needing one, so that logarithms are finite.
 
     Args:
         table: Prompts, from `td.read_sweep`.
@@ -106,6 +115,8 @@ def outcome_of(table: Any, name: str, threshold: float | int = 0.9) -> Float[np.
     require_prompts(table)
     if name == "auc":
         return table["auc"].to_numpy(float)
+    if name == "area":
+        return np.array([grid_area(*row) for row in zip(table["sizes"], table["faithfulness"], strict=True)])
     if name not in SIZES:
         raise ValueError(f"`outcome` must be one of {list(OUTCOMES)}, got {name!r}.")
     if name not in known_outcomes(table):
@@ -116,8 +127,7 @@ def outcome_of(table: Any, name: str, threshold: float | int = 0.9) -> Float[np.
     require_thresholds((threshold,))
     curves = zip(table["sizes"], table["faithfulness"], strict=True)
     point = np.array([crossings(torch.tensor(heights), float(threshold))[0] for _, heights in curves])
-    with np.errstate(divide="ignore"):
-        return np.log10(_COUNTED[name](table, point))
+    return np.log10(_COUNTED[name](table, point))
 
 
 def known_outcomes(table: Any) -> list[str]:
@@ -131,20 +141,25 @@ def _at(table: Any, column: str, point: Int[np.ndarray, " row"]) -> Float[np.nda
     return np.array([float(each[own]) for each, own in zip(table[column], point, strict=True)])
 
 
+def _sizes(table: Any, point: Int[np.ndarray, " row"]) -> Float[np.ndarray, " row"]:
+    return np.maximum(_at(table, "sizes", point), 1)
+
+
 def _components(table: Any, point: Int[np.ndarray, " row"]) -> Float[np.ndarray, " row"]:
-    size = _at(table, "sizes", point)
-    return np.array([np.mean(np.asarray(each) <= own) for each, own in zip(table["entered"], size, strict=True)])
+    entered = zip(table["entered"], _sizes(table, point), strict=True)
+    return np.array([max((np.asarray(each) <= own).sum(), 1) / len(each) for each, own in entered])
 
 
 def _later(table: Any, point: Int[np.ndarray, " row"]) -> Float[np.ndarray, " row"]:
     n_later = table["n_edges"].to_numpy(float) - _at(table, "from_first", np.full_like(point, -1))
-    return (_at(table, "sizes", point) - _at(table, "from_first", point)) / np.where(n_later, n_later, np.nan)
+    later = _at(table, "sizes", point) - _at(table, "from_first", point)
+    return np.maximum(later, 1) / np.where(n_later, n_later, np.nan)
 
 
 _COUNTED: Mapping[str, Callable[[Any, np.ndarray], np.ndarray]] = {
-    "fraction": lambda table, point: _at(table, "sizes", point) / table["n_edges"].to_numpy(float),
-    "size": lambda table, point: _at(table, "sizes", point),
-    "per_token": lambda table, point: _at(table, "sizes", point) / table["n_tokens"].to_numpy(float),
+    "fraction": lambda table, point: _sizes(table, point) / table["n_edges"].to_numpy(float),
+    "size": _sizes,
+    "per_token": lambda table, point: _sizes(table, point) / table["n_tokens"].to_numpy(float),
     "component_share": _components,
     "later_fraction": _later,
 }

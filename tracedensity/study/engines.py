@@ -5,9 +5,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
-from threading import Thread
+from itertools import islice
+from threading import Semaphore, Thread
 from typing import Any
 
 from tracedensity.extras import extra
@@ -15,6 +16,9 @@ from tracedensity.study.contexts import Context
 from tracedensity.study.work import Done, Part, Work, Worker
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
+
+_AT_ONCE = 2048
+"""Parts that Ray has at a time, so that a corpus of any length fits into memory."""
 
 _workers: dict[str, Worker] = {}  # of this process, by sweep: one model is held
 
@@ -25,19 +29,42 @@ def here(worker: Worker, parts: Iterable[Part]) -> Iterator[Done]:
 
 
 def in_processes(work: Work, parts: Iterable[Part], n_workers: int) -> Iterator[Done]:
-    """Several parts at a time, in processes that each load the model; as they get done."""
+    """Several parts at a time, in processes that each load the model; as they get done.
+
+    Raises:
+        ChildProcessError: If a process was killed, as a system out of memory does.
+    """
     from joblib import Parallel, delayed
+    from joblib.externals.loky.process_executor import TerminatedWorkerError
 
     run: Any = delayed(_run)
+    # processes, whatever a `joblib.parallel_config` around says: two threads would run one model
     one_by_one: dict[str, Any] = {"batch_size": 1, "pre_dispatch": "2*n_jobs", "return_as": "generator_unordered"}
-    parallel: Any = Parallel(n_jobs=n_workers, **one_by_one)
-    yield from parallel(run(work, part, os.getpid()) for part in parts)
+    parallel: Any = Parallel(n_jobs=n_workers, backend="loky", **one_by_one)
+    # joblib hands out the next part when one is done; what is done and not yet written must not pile up
+    room = Semaphore(4 * n_workers)
+
+    def handed_out() -> Iterator[Any]:
+        for part in parts:
+            room.acquire()
+            yield run(work, part, os.getpid())
+
+    try:
+        for done in parallel(handed_out()):
+            room.release()
+            yield done
+    except TerminatedWorkerError as error:
+        raise ChildProcessError(
+            "a process of the sweep was killed, as systems do when memory runs out; what is finished is kept. Run the "
+            "same again with fewer `workers`."
+        ) from error
 
 
 def _run(work: Work, part: Part, parent: int) -> Done:
-    if work.sweep not in _workers:
+    if not _workers:
         Thread(target=_end_with, args=(parent,), daemon=True).start()
         _keep_freed_memory()
+    if work.sweep not in _workers:
         _workers.clear()
         _workers[work.sweep] = Worker(work)
     return _workers[work.sweep](part)
@@ -77,27 +104,35 @@ def on_ray(work: Work, parts: Iterable[Part], n_workers: int, n_gpus: float) -> 
         n_gpus: GPUs of each; an actor may have a share of one.
     """
     ray, data = extra("ray", "ray", "sweeps on a cluster"), extra("ray.data", "ray", "sweeps on a cluster")
-    if not ray.is_initialized():
+    ours = not ray.is_initialized()
+    if ours:
         ray.init(logging_level="warning", log_to_driver=False)
     context = data.DataContext.get_current()
     shown, context.enable_progress_bars = context.enable_progress_bars, False
     try:
-        rows = [{"number": part.number, "first": part.first, "contexts": _written(part)} for part in parts]
-        if not rows:
-            return
-        done = data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            Actor,
-            batch_size=1,
-            fn_constructor_args=(work,),
-            compute=data.ActorPoolStrategy(size=min(n_workers, len(rows))),
-            num_cpus=work.threads,
-            num_gpus=n_gpus or None,
-        )
-        for batch in done.iter_batches(batch_size=None, batch_format="numpy"):
-            for row in zip(*(batch[name] for name in ("files", "content", "n_prompts", "n_errors")), strict=True):
-                yield _unpacked(*row)
+        waiting = iter(parts)
+        while some := [*islice(waiting, _AT_ONCE)]:
+            yield from _by_actors(data, work, some, n_workers, n_gpus)
     finally:
         context.enable_progress_bars = shown
+        if ours:
+            ray.shutdown()
+
+
+def _by_actors(data: Any, work: Work, parts: Sequence[Part], n_workers: int, n_gpus: float) -> Iterator[Done]:
+    """Some parts, by actors that live as long as these take."""
+    rows = [{"number": part.number, "first": part.first, "contexts": _written(part)} for part in parts]
+    done = data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        Actor,
+        batch_size=1,
+        fn_constructor_args=(work,),
+        compute=data.ActorPoolStrategy(size=min(n_workers, len(rows))),
+        num_cpus=work.threads,
+        num_gpus=n_gpus or None,
+    )
+    for batch in done.iter_batches(batch_size=None, batch_format="numpy"):
+        for row in zip(*(batch[name] for name in ("files", "content", "n_prompts", "n_errors")), strict=True):
+            yield _unpacked(*row)
 
 
 class Actor:

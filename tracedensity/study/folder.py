@@ -4,6 +4,8 @@ import errno
 import hashlib
 import json
 import os
+import platform
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -11,6 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 from uuid import uuid4
 
+import psutil
+
+from tracedensity.alert import alert
 from tracedensity.study.table import SCHEMA, TableName, schema
 from tracedensity.study.work import Files, Part
 
@@ -18,6 +23,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MANIFEST = "sweep.json"
+
+_BESIDE = re.compile(r"\..+\.(json|parquet|safetensors)\.(?P<host>.*)\.(?P<process>\d+)\.[0-9a-f]{32}")
+"""What a file is called while it is written: which process of which machine does."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +78,13 @@ class Folder:
         return folder
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file beside, then rename it; what a killed run had left beside it goes.
+        """Write a file beside, then rename it.
 
         Raises:
             OSError: If it cannot be written, with the file's name; nothing half written stays.
         """
         path = self.path / name
-        beside = path.with_name(f".{path.name}.{uuid4().hex}")
+        beside = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.{uuid4().hex}")
         try:
             path.parent.mkdir(exist_ok=True)
             with beside.open("wb") as file:
@@ -89,8 +97,13 @@ class Folder:
             raise OSError(error.errno, os.strerror(error.errno or 0) + hint, str(path)) from error
         finally:
             beside.unlink(missing_ok=True)
-        for left in path.parent.glob(f".{path.name}.*"):
-            left.unlink(missing_ok=True)
+
+    def tidy(self) -> None:
+        """Remove what killed runs have left beside files; not what a run on another machine is writing."""
+        for left in (file for pattern in (".*", "*/.*") for file in self.path.glob(pattern)):
+            found = _BESIDE.fullmatch(left.name)
+            if found and found["host"] == platform.node() and not psutil.pid_exists(int(found["process"])):
+                left.unlink(missing_ok=True)
 
     def add(self, files: Files) -> None:
         """Write the files of a part, in their order."""
@@ -105,7 +118,10 @@ class Folder:
         except (OSError, ValueError):
             return False
         wanted = [context.id for context in part.contexts]
-        return tables[0].column("id").to_pylist()[: len(wanted)] == wanted
+        prompts = {*tables[0].column("index").to_pylist()}
+        # a run that was killed while a part grew has written some of its tables
+        whole = all(prompts.issuperset(table.column("index").unique().to_pylist()) for table in tables[1:])
+        return whole and tables[0].column("id").to_pylist()[: len(wanted)] == wanted
 
 
 def read_manifest(path: str | PathLike[str]) -> dict[str, Any]:
@@ -174,13 +190,16 @@ def read_sweep(path: str | PathLike[str], table: TableName | str = "prompts") ->
     if table not in get_args(TableName):
         raise ValueError(f"`table` must be one of {list(get_args(TableName))}, got {table!r}.")
     about = read_manifest(path)
-    parts = sorted((Path(path) / "prompts").glob("part-*.parquet"))
+    parts = sorted((Path(path) / "prompts").glob("part-*.parquet"), key=lambda part: int(part.stem.split("-")[1]))
     if not parts:
         raise ValueError(f"`path` must be a sweep with rows, got {os.fspath(path)!r}, in which no part is finished.")
     try:
         rows = [read_part(Path(path) / table / part.name, table, sweep_of(about)) for part in parts]
     except (OSError, ValueError) as error:
         raise ValueError(f"{error} Run the sweep again: damaged parts are made anew.") from error
+    n_missing = int(parts[-1].stem.split("-")[1]) + 1 - len(parts)
+    if n_missing:
+        alert(f"{os.fspath(path)} lacks {n_missing} of its first parts: a run or shard of the sweep has not ended.")
     found = pa.concat_tables(rows).to_pandas()
     found.attrs["sweep"] = about
     return found

@@ -12,7 +12,8 @@ from pandas import DataFrame
 from tracedensity.evaluation import RELATIVE_SIZES
 from tracedensity.extras import extra
 from tracedensity.study.folder import read_sweep
-from tracedensity.study.knees import on_grid, segments
+from tracedensity.study.grid import on_grid
+from tracedensity.study.knees import segments
 from tracedensity.study.statistics import codes, holm, interval, resampled
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ class Contents:
             interval; the share of edges that are of each part (``part=heads``) and in each quarter of the layers
             (``quarter=1``, the lowest).
         recurrence: One row per component: `often`, the share of prompts in whose circuit it has an edge; `expected`
-            where each prompt drew as many components at random; `p` and `p_holm` of being so far from that.
+            where each prompt drew as many components at random; `p` and `p_holm` of being so far from that, prompts
+            taken as independent, which those of one document are not quite.
         share: Size of the circuits whose components are counted, as a share of all edges.
         spread: Variance of `often` over components; `null_spread` is its 95th percentile under the same null.
         null_spread: See there.
@@ -175,7 +177,8 @@ def recurrence_of(
     n_often = present.sum(0)
     # prompts are independent draws with chances of their own; rounding must not make a p of 1.0000001
     drawn = stats.poisson_binom(chance)
-    p = np.minimum(1, 2 * np.minimum(drawn.cdf(n_often), drawn.sf(n_often - 1)).clip(0))
+    tail = np.minimum(drawn.cdf(n_often), drawn.sf(n_often - 1)).clip(np.finfo(float).tiny)  # no p is 0
+    p = np.minimum(1, 2 * tail)
     generator = np.random.default_rng(seed)
     null = np.empty(n_null)
     for draw in range(n_null):
@@ -190,7 +193,9 @@ def recurrence_of(
 def _phases(prompts: Any, points: Any, draws: list[np.ndarray]) -> dict[str, Phases]:
     curves = np.stack([on_grid(*row) for row in zip(prompts["sizes"], prompts["faithfulness"], strict=True)])
     n_edges = float(prompts["n_edges"].median())
-    usable = np.array(RELATIVE_SIZES) * n_edges >= 1  # what has no edge has no phase
+    # what cannot lead from an embedding to the prediction, past all sublayers, has no phase
+    shortest = sum(name.startswith("r") for name in prompts.attrs["sweep"]["components"])
+    usable = np.array(RELATIVE_SIZES) * n_edges >= max(1, shortest)
     x = np.log10(np.array(RELATIVE_SIZES))[usable]
     found = {"circuits": phases_of(x, curves[:, usable], draws)}
     shape = (len(prompts), -1)

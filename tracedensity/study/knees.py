@@ -13,6 +13,7 @@ from pandas import DataFrame
 from tracedensity.evaluation import RELATIVE_SIZES
 from tracedensity.extras import extra
 from tracedensity.study.covariates import require_prompts
+from tracedensity.study.grid import on_grid
 from tracedensity.study.statistics import codes, interval, resampled
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class Segments:
 
     Attributes:
         breaks: Where they meet.
-        bic: What the criterion is for one, two and three pieces, lowest best.
+        bic: What the criterion is for one piece, two, and so on, lowest best.
         fitted: The pieces at the points of the curve.
     """
 
@@ -110,7 +111,7 @@ class Thresholds:
 def thresholds(table: DataFrame, *, split: float = 0.5, n_bootstrap: int = 500, seed: int = 0) -> Thresholds:
     """Choose a threshold where the mean curve bends.
 
-    Kneedle and a fit of one to three straight pieces by BIC, both on distance (1 - faithfulness) over log10 of size. A
+    Kneedle, and a fit of one or two straight pieces by BIC, both on distance (1 - faithfulness) over log10 of size. A
     leading plateau, which Kneedle takes for the knee, is cut; where it has no inner knee, the break of two pieces is
     taken, and said so. Chosen on some documents, tried on the others.
 
@@ -135,7 +136,8 @@ def thresholds(table: DataFrame, *, split: float = 0.5, n_bootstrap: int = 500, 
     if not held_out:
         chosen = np.ones(len(document), dtype=bool)
     tried = ~chosen if held_out else chosen
-    shares = np.array(RELATIVE_SIZES)
+    one_edge = np.array(RELATIVE_SIZES) * float(known["n_edges"].median()) >= 1  # what has none is flat
+    shares, curves = np.array(RELATIVE_SIZES)[one_edge], curves[:, one_edge]
     mean = curves[chosen].mean(0)
     distance, x = 1 - mean, np.log10(shares)
     draws = list(resampled(document[chosen], n_bootstrap, seed))
@@ -156,15 +158,7 @@ def thresholds(table: DataFrame, *, split: float = 0.5, n_bootstrap: int = 500, 
             "how": how, "share": share, "share_low": low, "share_high": high, "faithfulness": height,
             "median": quartiles[1], "low": quartiles[0], "high": quartiles[2], "n": int(tried.sum()),
         })  # fmt: skip
-    return Thresholds(choices, shares, mean, segments(x, distance), DataFrame(rows), held_out, moved)
-
-
-def on_grid(sizes: Any, faithfulness: Any) -> Float[np.ndarray, " point"]:
-    """Faithfulness at the density papers' shares, interpolated over log10 of size; below one edge that of none."""
-    known, heights = np.asarray(sizes, float), np.asarray(faithfulness, float)
-    asked = np.array(RELATIVE_SIZES) * known[-1]
-    found = np.interp(np.log10(np.maximum(asked, 1)), np.log10(np.maximum(known, 1)), heights)
-    return np.where(asked < 1, heights[0], found)
+    return Thresholds(choices, shares, mean, segments(x, distance, 2), DataFrame(rows), held_out, moved)
 
 
 def knee(x: Float[np.ndarray, " point"], distance: Float[np.ndarray, " point"]) -> tuple[float | None, str]:

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from pandas import DataFrame
 
 from tracedensity.study.covariates import known_outcomes, outcome_of, require_prompts
-from tracedensity.study.statistics import codes, holm, interval, resampled
+from tracedensity.study.statistics import codes, holm, interval, p_of_signs, resampled
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -60,7 +60,7 @@ def lengths(
 
     For prompts that a sweep has cut with several `context_tokens`: contexts of one target, of different lengths. Each
     target has a slope of its own; their mean has an interval by a bootstrap over documents, and a p by turning the
-    signs of slopes, which is as likely where length does nothing.
+    signs of the slopes of whole documents, which is as likely where length does nothing.
 
     Args:
         table: Prompts of such a sweep, from `td.read_sweep`.
@@ -80,14 +80,15 @@ def lengths(
     length = np.array(
         [_length(*row) for row in zip(known["id"], known["group"], known["n_tokens"], strict=True)], float
     )
-    n_lengths = np.array([len(np.unique(length[group == each])) for each in range(group.max(initial=-1) + 1)])
-    if not (n_lengths > 1).any():
+    lengths_of = [tuple(sorted(length[group == each])) for each in range(group.max(initial=-1) + 1)]
+    whole = max(lengths_of, key=lambda each: (len({*each}), lengths_of.count(each)), default=())
+    if len({*whole}) < 2:
         raise ValueError(
             "`table` must have contexts of several lengths for each target: sweep with several `context_tokens`, such "
             "as 8, 16 and 32."
         )
-    whole = n_lengths == n_lengths.max()  # a target that lacks a length would shift the means of the others
-    kept = whole[group]
+    # a target that lacks a length, or has others, would shift the means
+    kept = np.array([lengths_of[each] == whole for each in group])
     known, length, group = (
         known[kept].reset_index(drop=True),
         length[kept],
@@ -102,11 +103,10 @@ def lengths(
         y = outcome_of(known, name, threshold)
         slopes = _slopes(np.log2(length), y, group)
         low, high = interval([slopes[draw].mean() for draw in draws])
-        signs = generator.choice([-1.0, 1.0], size=(n_permutations, len(slopes)))
-        as_large = (np.abs(signs @ slopes / len(slopes)) >= abs(slopes.mean()) - 1e-12).sum()
+        by_document = np.bincount(document, slopes)
         rows.append({
             "outcome": name, "slope": slopes.mean(), "low": low, "high": high,
-            "p": (1 + as_large) / (1 + n_permutations), "falls": (slopes < 0).mean(), "n": len(slopes),
+            "p": p_of_signs(by_document, n_permutations, generator), "falls": (slopes < 0).mean(), "n": len(slopes),
         })  # fmt: skip
         for each in np.unique(length):
             values = y[length == each][np.argsort(group[length == each])]

@@ -13,9 +13,9 @@ from jaxtyping import Float, Int
 from pandas import DataFrame
 
 from tracedensity.study.comparison import unique_prompts
-from tracedensity.study.covariates import outcome_of
+from tracedensity.study.covariates import AREAS, outcome_of
 from tracedensity.study.folder import MANIFEST, read_sweep
-from tracedensity.study.statistics import codes, holm, interval, rank_correlations, resampled
+from tracedensity.study.statistics import codes, holm, interval, p_of_signs, rank_correlations, resampled
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -57,14 +57,14 @@ class Trend:
 
     def __str__(self) -> str:
         table: Any = self.table
-        about = f"{'log10 ' * (self.outcome != 'auc')}{self.outcome}, changes against the {self.against}"
+        about = f"{'log10 ' * (self.outcome not in AREAS)}{self.outcome}, changes against the {self.against}"
         return f"{about}\n{table.to_string(index=False, float_format='{:.3g}'.format)}"
 
 
 def trend(
     tables: Mapping[str, DataFrame] | str | PathLike[str],
     *,
-    outcome: str = "auc",
+    outcome: str = "area",
     threshold: float | int = 0.9,
     against: Against | str = "previous",
     n_bootstrap: int = 2000,
@@ -186,9 +186,7 @@ def _change(before: _Side, after: _Side, n_bootstrap: int, n_permutations: int, 
     apart = now.y - then.y
     low, high = interval([apart[draw].mean() for draw in resampled(now.document, n_bootstrap, seed)])
     by_document = np.bincount(codes(now.document), apart)
-    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(n_permutations, len(by_document)))
-    as_large = (np.abs(signs @ by_document) >= abs(by_document.sum()) - 1e-12).sum()
-    p = (1 + as_large) / (1 + n_permutations)
+    p = p_of_signs(by_document, n_permutations, np.random.default_rng(seed))
     return {"change": apart.mean(), "change_low": low, "change_high": high, "p": p, "paired": n}
 
 

@@ -89,7 +89,7 @@ def shap_values(
     *,
     counts: Counts | None = None,
     model: object = None,
-    outcome: str = "auc",
+    outcome: str = "area",
     threshold: float | int = 0.9,
     regressor: Literal["boosting", "ridge"] = "boosting",
     n_folds: int = 5,
@@ -129,6 +129,7 @@ def shap_values(
     columns, dropped = _without_twins(columns)
     y = outcome_of(known, outcome, threshold)
     document = codes(known["document"].astype(str).to_numpy())
+    domain = codes(known["domain"].fillna("").to_numpy())
     n_documents = len(np.unique(document))
     if n_documents < 2:
         raise ValueError("`table` must be of at least two documents, of which one can be predicted from the others.")
@@ -143,7 +144,7 @@ def shap_values(
     own = fitting.explained(y)
     r2, values = own.r2, by_covariate(own.phi)
     null_r2, largest = [], []
-    for orders in exchanged(strata_of(known["n_tokens"].to_numpy(float)), n_null, seed):
+    for orders in exchanged(strata_of(known["n_tokens"].to_numpy(float), domain=domain), n_null, seed):
         for order in orders:
             by_chance = fitting.explained(y[order])
             null_r2.append(by_chance.r2)

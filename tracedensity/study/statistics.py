@@ -1,7 +1,7 @@
 """Statistics: rank correlations of rows that come in documents and in strata, with intervals and p values."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -45,13 +45,14 @@ class Pair:
         x: Name of one.
         y: Name of the other.
         controls: Names of what is held fixed.
-        free: Whether rows are exchanged over all strata: for what strata are made of.
+        within: Name of the strata in which rows are exchanged, if it is not those of the sample: for what strata are
+            made of, which would stay what it is.
     """
 
     x: str
     y: str
     controls: tuple[str, ...] = ()
-    free: bool = False
+    within: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -66,6 +67,7 @@ class Sample:
         document: What each row was taken from. Intervals resample these, not rows: those of one are alike.
         stratum: Rows are exchanged only within these where there should be no correlation, so that what strata differ
             in cannot make one up.
+        others: Other strata, by name.
         n_bootstrap: How often documents are resampled.
         n_permutations: How often rows are exchanged.
         seed: For both.
@@ -76,6 +78,7 @@ class Sample:
     n_bootstrap: int = 2000
     n_permutations: int = 10_000
     seed: int = 0
+    others: Mapping[str, Int[np.ndarray, " row"]] = field(default_factory=dict)
 
     def correlations(self, columns: Mapping[str, Column], pairs: Sequence[Pair]) -> list[Estimate]:
         """Spearman's correlations; given controls, those of the ranks with what the controls' ranks explain taken out.
@@ -90,10 +93,10 @@ class Sample:
             ``(1 + #{|rho'| >= |rho|}) / (1 + n_permutations)``.
         """
         found: dict[int, Estimate] = {}
-        alike: dict[tuple[bytes, bool], list[int]] = {}  # pairs known in the same rows share all that is drawn
+        alike: dict[tuple[bytes, str], list[int]] = {}  # pairs known in the same rows share all that is drawn
         for number, pair in enumerate(pairs):
             known = np.isfinite(np.stack([columns[name] for name in pair.names])).all(0)
-            alike.setdefault((known.tobytes(), pair.free), []).append(number)
+            alike.setdefault((known.tobytes(), pair.within), []).append(number)
         for (mask, _), numbers in alike.items():
             known = np.frombuffer(mask, dtype=bool)
             some = [pairs[number] for number in numbers]
@@ -115,8 +118,8 @@ class Sample:
         rho = np.array([partial(matrix[None], *each)[0] for each in wanted])
         draws = [*resampled(self.document[known], self.n_bootstrap, self.seed)]
         again = np.array([rank_correlations(values[rows]) for rows in draws]).reshape(-1, *matrix.shape)
-        stratum = np.zeros(n, dtype=np.int64) if pairs[0].free else self.stratum[known]
-        p = self._p(ranks(values), wanted, rho, stratum)
+        stratum = self.others[pairs[0].within] if pairs[0].within else self.stratum
+        p = self._p(ranks(values), wanted, rho, stratum[known])
         return [
             Estimate(float(rho[number]), *interval(partial(again, *each)), float(p[number]), n)
             for number, each in enumerate(wanted)
@@ -139,6 +142,18 @@ class Sample:
                 # what controls explain need not be taken out of an exchanged y again: it has no part in x's residual
                 n_as_large[number] += (np.abs(each[:, 1][order] @ each[:, 0]) >= abs(rho[number]) - 1e-12).sum()
         return np.where(np.isfinite(rho), (1 + n_as_large) / (1 + self.n_permutations), np.nan)
+
+
+def p_of_signs(by_document: Column, n: int, generator: np.random.Generator) -> float:
+    """P of a sum over documents so far from zero, by turning the signs of documents, `n` times; NaN of no number."""
+    total = by_document.sum()
+    if not (np.isfinite(total) and n):
+        return np.nan
+    as_large, at_once = 0, max(1, _AT_ONCE // len(by_document))
+    for start in range(0, n, at_once):
+        signs = generator.choice([-1.0, 1.0], size=(min(at_once, n - start), len(by_document)))
+        as_large += int((np.abs(signs @ by_document) >= abs(total) - 1e-12).sum())
+    return (1 + as_large) / (1 + n)
 
 
 def interval(values: Sequence[float] | Float[np.ndarray, " draw"]) -> tuple[float, float]:
@@ -219,13 +234,21 @@ def residuals(
     return of - controls @ np.linalg.lstsq(controls, of, rcond=None)[0]
 
 
-def strata_of(length: Float[np.ndarray, " row"], least: int = 20) -> Int[np.ndarray, " row"]:
+def strata_of(
+    length: Float[np.ndarray, " row"], least: int = 20, domain: Int[np.ndarray, " row"] | None = None
+) -> Int[np.ndarray, " row"]:
     """Strata of rows of equal length, or, where there are few of one, of neighbouring lengths.
 
     Args:
         length: Of each row.
         least: Rows of a stratum, if there are so many.
+        domain: What kind of text each row is; rows of different kinds are in different strata.
     """
+    if domain is not None:
+        found = np.zeros(len(length), dtype=np.int64)
+        for each in np.unique(domain):
+            found[domain == each] = strata_of(length[domain == each], least) + found.max() + 1
+        return codes(found)
     lengths, which, counts = np.unique(length, return_inverse=True, return_counts=True)
     stratum = np.empty(len(lengths), dtype=np.int64)
     current, held = 0, 0

@@ -29,10 +29,8 @@ PART_SIZE = 64
 _PROCESS = 2**29
 """Bytes that a process takes beside its model."""
 
-_SHARDS = (
-    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"), ("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"),
-)  # fmt: skip
-"""Where Slurm and torchrun say which of how many runs one is."""
+_RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
+"""Where torchrun and Slurm's srun say which of how many runs one is."""
 
 _FEW = 200
 """So many prompts are done before a second process has loaded its model."""
@@ -177,14 +175,14 @@ def sweep(
         model, transformer.fingerprint(), loading, options, sweep_of(about), counts, curves, kept, threads
     )  # fmt: skip
     worker = Worker(work, transformer)
-    _ = worker.estimation  # options that are wrong for every prompt are refused before anything is written
-    folder = Folder.of(out, about, resume)
-
+    worker.try_options()  # what is wrong for every prompt is refused before anything is written
     n_prompts = sum(len(part.contexts) for part in _parts(corpus.contexts(transformer), part_size, limit, mine))
     if not n_prompts and mine == (0, 1):
         raise ValueError(
             "`prompts` must hold at least one prompt, got none: all text is too short to be cut, or empty."
         )
+    folder = Folder.of(out, about, resume)
+    folder.tidy()
     if workers is None:
         few = part_size if options["refine"] else _FEW  # a search takes longer than starting a process
         workers = 1 if not named or n_prompts <= few else _usual_workers(transformer)
@@ -227,13 +225,11 @@ def _shard(given: str | tuple[int, int] | None) -> tuple[int, int]:
     if given is None:
         return 0, 1
     if given == "auto":
-        said = (
-            f"{os.environ[rank]}/{os.environ[of]}" for rank, of in _SHARDS if rank in os.environ and of in os.environ
-        )
-        if (given := next(said, None)) is None:
+        if (found := _said()) is None:
             raise ValueError(
                 '`shard` must be written out where neither Slurm nor torchrun say it, "0/8" for the first of eight.'
             )
+        given = found
     try:
         number, of = map(int, given.split("/") if isinstance(given, str) else given)
     except (TypeError, ValueError) as error:
@@ -241,6 +237,25 @@ def _shard(given: str | tuple[int, int] | None) -> tuple[int, int]:
     if not 0 <= number < of:
         raise ValueError(f"`shard` must be from 0/{of} to {of - 1}/{of}, got {given!r}.")
     return number, of
+
+
+def _said() -> tuple[int, int] | None:
+    """Which of how many runs this is, by what Slurm and torchrun say; each task of an array may be several."""
+    said = os.environ
+    ranks = [(int(said[rank]), int(said[of])) for rank, of in _RANKS if rank in said and of in said][:1]
+    if "SLURM_ARRAY_TASK_ID" in said:
+        number = int(said["SLURM_ARRAY_TASK_ID"])
+        first, last, step = (
+            int(said.get(f"SLURM_ARRAY_TASK_{name}", usual))
+            for name, usual in (("MIN", 0), ("MAX", number), ("STEP", 1))
+        )
+        ranks.insert(0, ((number - first) // step, (last - first) // step + 1))
+    if not ranks:
+        return None
+    place, total = 0, 1
+    for number, of in ranks:
+        place, total = place * of + number, total * of
+    return place, total
 
 
 def _numbers(given: int | Sequence[int] | None) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from tracedensity.graph.component import ComponentGraph
 from tracedensity.graph.token import TokenGraph
 from tracedensity.groups import by_component, by_part, by_source
 from tracedensity.model import Transformer
-from tracedensity.study.contexts import Context
+from tracedensity.study.contexts import Context, written
 from tracedensity.study.counts import Counts
 from tracedensity.tight import TightCurve
 
@@ -172,7 +172,7 @@ def context_row(context: Context, tokens: Int[Tensor, " pos"] | None, target: in
     ids = None if tokens is None else tokens.tolist()
     own = ids if ids is not None else []
     inner = own[len(model.beginning) :] if tuple(own[: len(model.beginning)]) == model.beginning else own
-    text = context.prompt if isinstance(context.prompt, str) else model.text(inner)
+    text = written(context.prompt if isinstance(context.prompt, str) else model.text(inner))
     return {
         "source": context.source,
         "domain": context.domain or None,

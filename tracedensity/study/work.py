@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tracedensity.ablate import ordinary_tokens
 from tracedensity.curve import DensityCurve
 from tracedensity.estimation import Estimation, density
 from tracedensity.files import circuit_file, curve_file, versions
@@ -164,8 +165,20 @@ class Worker:
         """
         counts = self.work.counts
         also = (*ALSO, *([] if counts is None else [counts.distance()]))
-        rest: dict[str, Any] = {"sizes": (), "per_example": False, "batch_size": None}
-        return Estimation(self.model, **self.work.options, **rest, also=also)
+        # a prompt has been cut at its position when it was read
+        rest: dict[str, Any] = {"sizes": (), "per_example": False, "batch_size": None, "position": -1}
+        return Estimation(self.model, **{**self.work.options, **rest}, also=also)
+
+    def try_options(self) -> None:
+        """Score two tokens, as every prompt will be.
+
+        Raises:
+            ValueError: If an option is not as `td.density` describes it, or does not fit the model.
+        """
+        tokens = ordinary_tokens(self.model)[:2].to(self.model.device)
+        with torch.inference_mode(False), self.model.unchanged():
+            for _ in self.estimation.curve(tokens):
+                break
 
     def __call__(self, part: Part) -> Done:
         """Run a part."""
@@ -241,19 +254,25 @@ class Worker:
 
         def asking() -> Iterator[Asking[DensityCurve | str]]:
             for some in self._batches(read):
-                prompts = [tokens for number in some if (tokens := read[number].tokens) is not None]
-                try:
-                    for number, each in zip(some, self.model.run_ahead(prompts, self._sites), strict=True):
-                        logits[number] = each
-                except FAILURES:  # of one of them, whose own run will say so
-                    pass
-                for number in some:
+                ahead = self._run_ahead([read[number].tokens for number in some])
+                for place, number in enumerate(some):
+                    # where all together fail, one of them does, and its own run will say why
+                    alone = None if ahead is not None else self._run_ahead([read[number].tokens])
+                    found, row = (ahead, place) if ahead is not None else (alone, 0)
+                    logits[number] = None if found is None else found[row]
                     numbers.append(number)
                     yield _safely(self.estimation.curve(read[number].tokens, logits[number]))
 
         for place, curve in enumerate(self.estimation.together(asking())):
             curves[numbers[place]] = curve
         return curves, logits
+
+    def _run_ahead(self, prompts: Sequence[Tensor | None]) -> Tensor | None:
+        """What is predicted after prompts that are run ahead; None where one of them fails."""
+        try:
+            return self.model.run_ahead([tokens for tokens in prompts if tokens is not None], self._sites)
+        except FAILURES:
+            return None
 
     def _batches(self, read: Sequence["_Read"]) -> Iterator[list[int]]:
         """Prompts of similar length, as many as can be run at once."""
