@@ -17,7 +17,7 @@ _ROW = 30  # px per covariate
 _PANEL = 150  # px per outcome
 
 
-def plot_factors(factors: "Factors", outcome: str = "area", *, theme: Theme | str = "light") -> go.Figure:
+def plot_factors(factors: "Factors", outcome: str | None = None, *, theme: Theme | str = "light") -> go.Figure:
     """Rank correlations of an outcome with covariates, strongest on top: plain, and given the controls.
 
     Lines are bootstrap intervals over documents. A filled point is a correlation that stays after correction for all
@@ -25,7 +25,7 @@ def plot_factors(factors: "Factors", outcome: str = "area", *, theme: Theme | st
 
     Args:
         factors: What `tracedensity.study.factors` has found.
-        outcome: Which of its outcomes.
+        outcome: Which of its outcomes; by default the first.
         theme: "light" or "dark".
 
     Raises:
@@ -36,9 +36,10 @@ def plot_factors(factors: "Factors", outcome: str = "area", *, theme: Theme | st
     require_result("factors", factors, Factors, "`td.study.factors(table)`")
     table: Any = factors.table
     known = list(dict.fromkeys(table["outcome"]))
-    if outcome not in known:
+    asked = known[0] if outcome is None else outcome
+    if asked not in known:
         raise ValueError(f"`outcome` must be one of {known}, got {outcome!r}.")
-    table = table[(table["outcome"] == outcome) & table["rho"].notna()]
+    table = table[(table["outcome"] == asked) & table["rho"].notna()]
     table = table.iloc[table["rho"].abs().argsort(kind="stable")]
     place = np.arange(len(table))
     figure = go.Figure()
@@ -65,7 +66,7 @@ def plot_factors(factors: "Factors", outcome: str = "area", *, theme: Theme | st
     figure.update_yaxes(tickvals=place, ticktext=[label(each) for each in names], range=[-0.6, len(table) - 0.4])
     figure.update_xaxes(title="Spearman correlation", range=[-1.02, 1.02])
     return finished(
-        figure, f"What {_about(outcome)} goes with",
+        figure, f"What {_about(asked)} goes with",
         [f"{table['n'].max()} prompts", f"{factors.n_documents} documents", f"faithfulness {factors.threshold:g}"],
         plot_height=_ROW * max(4, len(table)), theme=theme, left=132,
         remark="Filled: p < 0.05 after Holm's correction. Controls: " + ", ".join(factors.controls) + ".",

@@ -37,7 +37,7 @@ class Factors:
     n_documents: int
     controls: tuple[str, ...]
 
-    def plot(self, outcome: str = "area", *, theme: "Theme | str" = "light") -> "go.Figure":
+    def plot(self, outcome: str | None = None, *, theme: "Theme | str" = "light") -> "go.Figure":
         """Correlations with their intervals, plain and partial, see `plot_factors`."""
         from tracedensity.plot.factors import plot_factors
 
