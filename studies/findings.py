@@ -21,6 +21,7 @@ from tracedensity.plot.theme import COLOURS, finished, percent
 from tracedensity.study.comparison import unique_prompts
 from tracedensity.study.covariates import known_outcomes, outcome_of
 from tracedensity.study.grid import half_areas, on_grid
+from tracedensity.study.inventory import shortest_path
 from tracedensity.study.knees import segments
 from tracedensity.study.statistics import codes, holm, interval, rank_correlations, resampled
 
@@ -352,7 +353,7 @@ def _pieces(sweeps: Sweeps, model: str) -> str:
     """Where the mean curve breaks if it may break twice, and how steep its pieces are."""
     prompts = sweeps.prompts(model)
     x = np.log10(RELATIVE_SIZES)
-    able = 10**x * float(prompts["n_edges"].median()) >= _shortest(prompts)
+    able = 10**x * float(prompts["n_edges"].median()) >= shortest_path(prompts)
     curves = [on_grid(*row)[able] for row in zip(prompts["sizes"], prompts["faithfulness"], strict=True)]
     found = segments(x[able], np.mean(curves, axis=0))
     if found.n_segments < 3:
@@ -363,11 +364,6 @@ def _pieces(sweeps: Sweeps, model: str) -> str:
     return f"at {10 ** found.breaks[0]:.2%} and {10 ** found.breaks[1]:.2%}; {slopes_}"
 
 
-def _shortest(prompts: Any) -> int:
-    """Edges without which nothing leads from an embedding to the prediction: one for each sublayer."""
-    return sum(name.startswith("r") for name in prompts.attrs["sweep"]["components"])
-
-
 def _nearer(sweeps: Sweeps, model: str) -> tuple[float, Estimate]:
     """At which size circuits predict what is nearest to the frequencies, and how much nearer than the model.
 
@@ -376,7 +372,7 @@ def _nearer(sweeps: Sweeps, model: str) -> tuple[float, Estimate]:
     points, prompts = sweeps.prompts(model, table="points"), sweeps.prompts(model)
     far = points.pivot(index="index", columns="share", values="unigram_tv")
     distance = far.to_numpy(float)
-    able = np.array(far.columns) * float(prompts["n_edges"].median()) >= _shortest(prompts)
+    able = np.array(far.columns) * float(prompts["n_edges"].median()) >= shortest_path(prompts)
     nearer = distance[:, -1:] - distance[:, able]
     best = int(nearer.mean(0).argmax())
     document = prompts.set_index("index").loc[far.index, "document"]

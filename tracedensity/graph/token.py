@@ -302,7 +302,7 @@ def _kept(graph: TokenGraph) -> TokenGraph:
 def _patched(value: Tensor, absent: Tensor, instead: Tensor | None) -> Tensor:
     """A value where edges are absent, all of it (booleans) or in shares."""
     if absent.dtype == torch.bool:
-        # a product takes a third of the time of masked_fill, and values are finite: visits have looked
+        # a product takes a third of the time of masked_fill; what is not finite stays so, and is found in the logits
         return value * ~absent if instead is None else torch.where(absent, instead.to(value.dtype), value)
     # taken from one while it is precise: in half precision what is left of an edge that is nearly absent would be noise
     kept = (1 - absent).to(value.dtype)

@@ -193,9 +193,7 @@ def recurrence_of(
 def _phases(prompts: Any, points: Any, draws: list[np.ndarray]) -> dict[str, Phases]:
     curves = np.stack([on_grid(*row) for row in zip(prompts["sizes"], prompts["faithfulness"], strict=True)])
     n_edges = float(prompts["n_edges"].median())
-    # what cannot lead from an embedding to the prediction, past all sublayers, has no phase
-    shortest = sum(name.startswith("r") for name in prompts.attrs["sweep"]["components"])
-    usable = np.array(RELATIVE_SIZES) * n_edges >= max(1, shortest)
+    usable = np.array(RELATIVE_SIZES) * n_edges >= shortest_path(prompts)  # what leads nowhere has no phase
     x = np.log10(np.array(RELATIVE_SIZES))[usable]
     found = {"circuits": phases_of(x, curves[:, usable], draws)}
     shape = (len(prompts), -1)
@@ -204,6 +202,11 @@ def _phases(prompts: Any, points: Any, draws: list[np.ndarray]) -> dict[str, Pha
     if known.sum() > 5:
         found["random"] = phases_of(np.log10(np.array(RELATIVE_SIZES))[known], random[:, known], draws)
     return found
+
+
+def shortest_path(prompts: Any) -> int:
+    """Edges without which nothing leads from an embedding to the prediction: on the token graph one per sublayer."""
+    return max(1, sum(name.startswith("r") for name in prompts.attrs["sweep"]["components"]))
 
 
 def phases_of(

@@ -177,8 +177,7 @@ class Worker:
         """
         tokens = ordinary_tokens(self.model)[:2].to(self.model.device)
         with torch.inference_mode(False), self.model.unchanged():
-            for _ in self.estimation.curve(tokens):
-                break
+            next(self.estimation.curve(tokens), None)
 
     def __call__(self, part: Part) -> Done:
         """Run a part."""
@@ -256,10 +255,11 @@ class Worker:
             for some in self._batches(read):
                 ahead = self._run_ahead([read[number].tokens for number in some])
                 for place, number in enumerate(some):
+                    if ahead is not None:
+                        logits[number] = ahead[place]
                     # where all together fail, one of them does, and its own run will say why
-                    alone = None if ahead is not None else self._run_ahead([read[number].tokens])
-                    found, row = (ahead, place) if ahead is not None else (alone, 0)
-                    logits[number] = None if found is None else found[row]
+                    elif (alone := self._run_ahead([read[number].tokens])) is not None:
+                        logits[number] = alone[0]
                     numbers.append(number)
                     yield _safely(self.estimation.curve(read[number].tokens, logits[number]))
 
