@@ -53,6 +53,17 @@ def test_each_line_of_text_is_a_prompt_unless_it_is_cut(written, model):
     ]
 
 
+def test_any_file_of_text_can_be_cut(written, model):
+    whole = contexts(written("some.txt", BLOCKS), model, Cut(words=1))
+    for name in ("some.md", "some"):
+        found = contexts(written(name, BLOCKS), model, Cut(words=1))
+        assert [(each.prompt, each.target) for each in found] == [(each.prompt, each.target) for each in whole]
+        with pytest.raises(ValueError, match="needs `context_words` or `context_tokens`"):
+            contexts(written(name, BLOCKS), model)
+    with pytest.raises(ValueError, match="which has bytes that are none"):
+        contexts(written("some.bin", "one\0two three"), model, Cut(words=1))
+
+
 def test_pieces_do_not_overlap_nor_reach_over_paragraphs_and_know_the_next_word(written, model):
     found = contexts(written("some.txt", BLOCKS), model, Cut(words=1))
     assert [(each.prompt, each.target) for each in found] == [

@@ -9,16 +9,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 import tracedensity as td
+from tracedensity.estimation import Estimation
+from tracedensity.model.offload import is_offloading
 from tracedensity.study.folder import Folder
 from tracedensity.study.sweep import _shard
 from tracedensity.study.table import TABLES
@@ -202,6 +206,41 @@ def test_a_killed_run_loses_the_part_in_flight_at_most(tiny_gpt2, whole, tmp_pat
     assert files(out) == files(whole)
 
 
+def test_several_processes_that_are_killed_lose_nothing(tmp_path):
+    """The whole group gets a SIGKILL, or the process that writes alone, whose workers then end by themselves."""
+    given = {"part_size": 2, "thresholds": (0.5,), "baselines": False, "progress": False}
+    prompts = [[0, *prompt] for prompt in drawn(24)]
+    td.sweep("books-gpt2", prompts, tmp_path / "whole", workers=1, **given)
+    expected, out, seen = files(tmp_path / "whole"), tmp_path / "killed", set[str]()
+    script = (
+        "import json, sys, tracedensity as td\n"
+        "prompts, given = (json.loads(sys.argv[place]) for place in (1, 3))\n"
+        "td.sweep('books-gpt2', prompts, sys.argv[2], workers=2, **given)"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", script, json.dumps(prompts), str(out), json.dumps(given)]
+    for together in (True, False):
+        process = subprocess.Popen(command, start_new_session=True)
+        enough = time.monotonic() + 240
+        while process.poll() is None and time.monotonic() < enough:
+            now = {name for name in (files(out) if out.exists() else ()) if name.startswith("prompts/part-")}
+            if len(now) >= len(seen) + 2:  # in the middle of the work
+                break
+            time.sleep(0.05)
+        workers = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        if together:
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+        process.wait()
+        assert not psutil.wait_procs(workers, timeout=60)[1]
+        now = {name for name in files(out) if name.startswith("prompts/part-")}
+        assert seen < now
+        seen = now
+    assert seen < {name for name in expected if name.startswith("prompts/part-")}  # both ended before their end
+    td.sweep("books-gpt2", prompts, out, workers=2, **given)
+    assert files(out) == expected
+
+
 @pytest.mark.parametrize("how", ["cut", "spoilt", "spoilt later", "of other columns", "gone", "of another sweep"])
 @pytest.mark.parametrize("table", [*TABLES])
 def test_a_damaged_part_is_made_anew(how, table, tiny_gpt2, whole, tmp_path):
@@ -250,6 +289,32 @@ def test_changed_options_are_refused_by_name(changed, named, tiny_gpt2, whole):
     assert files(whole) == before
 
 
+def test_the_same_weights_in_another_precision_are_refused(tiny_gpt2, whole, tmp_path):
+    rounded = deepcopy(tiny_gpt2)
+    for weight in rounded.parameters():
+        weight.data = weight.data.bfloat16().float()
+    td.sweep(rounded, PROMPTS[:2], tmp_path / "float32", **OPTIONS)
+    with pytest.raises(ValueError, match=r'holds a sweep with dtype = "float32", got "float64"'):
+        td.sweep(rounded.double(), PROMPTS[:2], tmp_path / "float32", **OPTIONS)
+
+
+def test_options_are_the_same_however_they_are_written(tiny_gpt2, whole):
+    for thresholds in (np.array([0.5, 0.9]), [0.5, np.float64(0.9)], torch.tensor([0.5, 0.9], dtype=torch.float64)):
+        assert td.sweep(tiny_gpt2, PROMPTS, whole, **{**OPTIONS, "thresholds": thresholds}).n_made == 0
+    assert td.sweep(tiny_gpt2, PROMPTS, whole, seed=np.int64(0), **OPTIONS).n_made == 0
+
+
+def test_what_a_manifest_lacks_or_has_in_another_type_is_named(tiny_gpt2, whole, tmp_path):
+    for name, words in (("dtype", r"dtype = \(nothing\), got \"float32\""), ("threads", "threads = true, got 1")):
+        shutil.copytree(whole, tmp_path / name)
+        about = json.loads((whole / "sweep.json").read_text())
+        about.pop(name)
+        held = about | ({"threads": True} if name == "threads" else {})
+        (tmp_path / name / "sweep.json").write_text(json.dumps(held))
+        with pytest.raises(ValueError, match=words):
+            td.sweep(tiny_gpt2, PROMPTS, tmp_path / name, **OPTIONS)
+
+
 def test_other_prompts_or_another_model_are_refused(tiny_gpt2, tiny_llama, whole):
     with pytest.raises(ValueError, match=r"holds a sweep with prompts\.sources"):
         td.sweep(tiny_gpt2, drawn(10, seed=1), whole, **OPTIONS)
@@ -279,6 +344,8 @@ def test_wrong_options_are_refused_before_anything_is_written(tiny_gpt2, tmp_pat
         ({"limit": 0}, "`limit` must be at least 1"),
         ({"shard": "2/2"}, "`shard` must be from 0/2 to 1/2"),
         ({"shard": "some"}, "`shard` must be like"),
+        ({"shard": "0/0"}, "`shard` must be of at least one run"),
+        ({"ablation": 1j}, "`ablation` must be numbers or names"),
         ({"workers": 2}, "`model` must be a name or a folder"),
         ({"engine": "ray"}, "`model` must be a name or a folder"),
         ({"circuits": 1.5}, "`circuits` must be faithfulnesses"),
@@ -350,6 +417,56 @@ def test_curves_and_circuits_are_written_on_request(tiny_gpt2, tmp_path):
         circuit = td.load(out / "circuits" / f"{number:07d}-0.5.safetensors")
         assert isinstance(circuit, td.Circuit)
         assert circuit.verify(tiny_gpt2).faithfulness >= 0.5
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "spoilt"])
+@pytest.mark.parametrize("kind", ["curves", "circuits"])
+def test_damaged_curves_and_circuits_are_made_anew(kind, damage, tiny_gpt2, tmp_path):
+    out, given = tmp_path / "sweep", {"curves": True, "circuits": (0.5, 0.9), **OPTIONS}
+    td.sweep(tiny_gpt2, PROMPTS[:6], out, **given)
+    before = files(out)
+    spoilt = sorted((out / kind).iterdir())[1]
+    content = spoilt.read_bytes()
+    if damage == "gone":
+        spoilt.unlink()
+    else:
+        spoilt.write_bytes(content[:-9] if damage == "cut" else content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+    assert td.sweep(tiny_gpt2, PROMPTS[:6], out, **given).n_made == 4
+    assert files(out) == before
+
+
+def test_errors_of_the_machine_may_be_tried_again(tiny_gpt2, whole, tmp_path, monkeypatch):
+    """Another program's memory runs out for one prompt; the next run, if it is told so, makes its part anew."""
+    usual = Estimation.curve
+
+    def short_of_memory(self: Estimation, tokens: torch.Tensor, *rest: Any) -> Any:
+        if tokens.tolist() == PROMPTS[1]:
+            raise torch.OutOfMemoryError("out of memory")
+        return (yield from usual(self, tokens, *rest))
+
+    out = tmp_path / "sweep"
+    monkeypatch.setattr(Estimation, "curve", short_of_memory)
+    assert td.sweep(tiny_gpt2, PROMPTS, out, **OPTIONS).n_errors == 1
+    monkeypatch.setattr(Estimation, "curve", usual)
+    assert td.sweep(tiny_gpt2, PROMPTS, out, **OPTIONS).n_made == 0
+    done = td.sweep(tiny_gpt2, PROMPTS, out, retry_errors=True, **OPTIONS)
+    assert (done.n_made, done.n_errors) == (4, 0)
+    assert files(out) == files(whole)
+
+
+def test_workers_offload_what_their_sweep_offloads(tiny_gpt2, tmp_path, monkeypatch):
+    seen, usual = [], Worker._done
+
+    def done(self: Worker, part: Any) -> Any:
+        seen.append((self.work.offload, is_offloading()))
+        return usual(self, part)
+
+    monkeypatch.setattr(Worker, "_done", done)
+    with td.offload_activations():
+        td.sweep(tiny_gpt2, PROMPTS[:2], tmp_path / "sweep", method="eap", graph="component", **OPTIONS)
+    td.sweep(tiny_gpt2, PROMPTS[:2], tmp_path / "other", method="eap", graph="component", **OPTIONS)
+    assert seen == [(True, True), (False, False)]
+    assert files(tmp_path / "sweep") == files(tmp_path / "other")
 
 
 @pytest.mark.parametrize(

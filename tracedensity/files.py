@@ -24,7 +24,7 @@ from tracedensity.provenance import Provenance
 from tracedensity.run import Conditions
 from tracedensity.tight import TightCurve
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 def circuit_file(circuit: Circuit) -> bytes:
@@ -135,14 +135,12 @@ def load(path: str | PathLike[str]) -> Circuit | DensityCurve:
         raise FileNotFoundError(f"`path` must be a file saved by tracedensity, got {str(path)!r}, which {what}.")
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            text = metadata["tracedensity"]
+            about = json.loads((file.metadata() or {})["tracedensity"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if metadata["sha256"] != _checksum(tensors, text):
-            raise ValueError("its checksum does not fit its content")
-        about = json.loads(text)
         if about["format"] != _FORMAT:
             raise ValueError(f"it has format {about['format']}, and this version reads {_FORMAT}")
+        if about.pop("sha256") != _checksum(tensors, about):
+            raise ValueError("its checksum does not fit its content")
         return _READERS[about["kind"]](tensors, about)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
@@ -152,14 +150,15 @@ def load(path: str | PathLike[str]) -> Circuit | DensityCurve:
 
 
 def _file(kind: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> bytes:
-    text = json.dumps({"kind": kind, "format": _FORMAT, "versions": versions(), **about})
+    about = {"kind": kind, "format": _FORMAT, "versions": versions(), **about}
     own = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    # as bytes: a file that safetensors makes itself can be read by its owner only
-    return save(own, {"tracedensity": text, "sha256": _checksum(own, text)})
+    # as bytes: a file that safetensors makes itself can be read by its owner only. Under one key: safetensors writes
+    # several in any order, and the same result is to make the same file.
+    return save(own, {"tracedensity": json.dumps({"sha256": _checksum(own, about), **about})})
 
 
-def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
+def _checksum(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(about).encode())
     for name in sorted(tensors):
         array = tensors[name].numpy()
         digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())

@@ -121,6 +121,10 @@ def sweep(
         typer.Option(metavar="F,F,...", help="Write the circuits of these faithfulnesses as well."),
     ] = None,
     no_resume: Annotated[bool, typer.Option("--no-resume", help="Refuse a folder that has a sweep in it.")] = False,
+    retry_errors: Annotated[
+        bool | None,
+        typer.Option("--retry-errors", help="Run parts with errors in them again.", show_default=False),
+    ] = None,
     graph: GraphOption = None,
     method: Annotated[
         DensityMethod | None, typer.Option(help="How edges are scored, as for `density`.", show_default="norm")
@@ -170,6 +174,7 @@ def sweep(
         context_tokens=None if context_tokens is None else _whole(context_tokens, "--context-tokens"),
         per_document=per_document, column=column, limit=limit, shard=shard, engine=engine, workers=workers, gpus=gpus,
         threads=threads, part_size=part_size, curves=curves, resume=False if no_resume else None,
+        retry_errors=retry_errors,
         circuits=None if circuits is None else as_numbers(circuits, "--circuits"), graph=graph, method=method,
         family=family, refine=refine, budget=budget, robust=robust, positions=positions,
         thresholds=None if thresholds is None else as_numbers(thresholds), signed=signed, metric=metric,

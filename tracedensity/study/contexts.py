@@ -18,7 +18,7 @@ from pandas.api.types import is_scalar
 from tracedensity.model import Transformer
 
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
-"""Files that prompts are read from."""
+"""Files that prompts are read from; what is called otherwise may be text that is cut into them."""
 
 _COLUMNS = ("prompt", "text", "content")
 """Where a table has its prompts, if nothing else is said: the first of these that it has."""
@@ -31,6 +31,9 @@ _ROWS_APART = 32
 
 _LONGEST = 2**31 - 1
 """Characters in a cell of a CSV file; by itself, Python reads 2 ** 17."""
+
+_BEGINNING = 2**13
+"""Bytes in which a file that is no text shows it."""
 
 _NO_TEXT = "the prompt must be text that UTF-8 can write; the file has other bytes here."
 
@@ -185,7 +188,7 @@ class Corpus:
             )
         paths: list[Any] = list(prompts)
         if all(isinstance(each, PathLike) or _is_file(each) for each in paths):
-            return cls(tuple(_file(Path(each)) for each in paths), cut, column)
+            return cls(tuple(_file(Path(each), cut) for each in paths), cut, column)
         return cls(prompts, cut, column)
 
     def contexts(self, model: Transformer) -> Iterator[Context]:
@@ -195,10 +198,10 @@ class Corpus:
             return
         names = _distinct(self._files)
         for path, name in zip(self._files, names, strict=True):
-            if path.suffix == ".txt":
+            if (read := _READERS.get(path.suffix)) is None:
                 yield from self._of_text(path, name, model)
             else:
-                yield from self._of_rows((name, name, path), _READERS[path.suffix](path), model)
+                yield from self._of_rows((name, name, path), read(path), model)
 
     @property
     def _files(self) -> tuple[Path, ...] | None:
@@ -289,12 +292,19 @@ class Corpus:
         )
 
 
-def _file(path: Path) -> Path:
+def _file(path: Path, cut: Cut) -> Path:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise ValueError(f"`prompts` must be files, got {str(path)!r}, which {what}. Prompts themselves go in a list.")
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"`prompts` must be files that end in one of {', '.join(SUFFIXES)}, got {str(path)!r}.")
+        if not cut:
+            raise ValueError(
+                f"`prompts` must be files that end in one of {', '.join(SUFFIXES)}, got {str(path)!r}. Any other file "
+                "of text needs `context_words` or `context_tokens`, to be cut into prompts."
+            )
+        with path.open("rb") as file:
+            if b"\0" in file.read(_BEGINNING):
+                raise ValueError(f"`prompts` must be files of text, got {str(path)!r}, which has bytes that are none.")
     return path
 
 

@@ -6,12 +6,17 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import islice
+from pathlib import Path
 from threading import Semaphore, Thread
 from typing import Any
 
+import psutil
+
 from tracedensity.extras import extra
+from tracedensity.model import Transformer
 from tracedensity.study.contexts import Context
 from tracedensity.study.work import Done, Part, Work, Worker
 
@@ -20,7 +25,13 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 _AT_ONCE = 2048
 """Parts that Ray has at a time, so that a corpus of any length fits into memory."""
 
-_workers: dict[str, Worker] = {}  # of this process, by sweep: one model is held
+_MEMORY = {"": ("/sys/fs/cgroup", "memory.max"), "memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")}
+"""Where Linux says how much memory a group of processes may take: today, and before there was one tree of groups."""
+
+_PROCESS = 2**29
+"""Bytes that a process takes beside its model."""
+
+_workers: dict[tuple[object, ...], Worker] = {}  # of this process, by what they do: one model is held
 
 
 def here(worker: Worker, parts: Iterable[Part]) -> Iterator[Done]:
@@ -64,10 +75,35 @@ def _run(work: Work, part: Part, parent: int) -> Done:
     if not _workers:
         Thread(target=_end_with, args=(parent,), daemon=True).start()
         _keep_freed_memory()
-    if work.sweep not in _workers:
+    if work.key not in _workers:
         _workers.clear()
-        _workers[work.sweep] = Worker(work)
-    return _workers[work.sweep](part)
+        _workers[work.key] = Worker(work)
+    return _workers[work.key](part)
+
+
+def usual_workers(model: Transformer) -> int:
+    """As many as there are cores, if as many copies of the model fit into half of the memory."""
+    import joblib
+
+    if model.device.type != "cpu":
+        return 1
+    n_bytes = sum(weight.numel() * weight.element_size() for weight in model.model.parameters())
+    return max(1, min(joblib.cpu_count(), _main_memory() // 2 // (n_bytes + _PROCESS)))
+
+
+def _main_memory() -> int:
+    """Bytes that this process may take: those of the machine, or of its container or job where that may take fewer."""
+    found = [psutil.virtual_memory().total]
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            if kinds not in _MEMORY:
+                continue
+            root, name = _MEMORY[kinds]
+            for group in (Path(path), *Path(path).parents):
+                with suppress(OSError, ValueError):  # "max" is no limit
+                    found.append(int(Path(f"{root}/{group}/{name}").read_text()))
+    return min(found)
 
 
 def _keep_freed_memory() -> None:
@@ -83,8 +119,6 @@ def _keep_freed_memory() -> None:
 
 def _end_with(parent: int) -> None:
     """End this process when the one that started it is gone, however it went."""
-    import psutil
-
     try:
         process = psutil.Process(parent)  # which another process of its number, later, is not
         while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:

@@ -16,13 +16,17 @@ from uuid import uuid4
 import psutil
 
 from tracedensity.alert import alert
+from tracedensity.files import load
 from tracedensity.study.table import SCHEMA, TableName, schema
-from tracedensity.study.work import Files, Part
+from tracedensity.study.work import Files, Part, Work
 
 if TYPE_CHECKING:
     import pandas as pd
 
 MANIFEST = "sweep.json"
+
+_NOTHING = "(nothing)"
+"""What a manifest says of what it does not have."""
 
 _BESIDE = re.compile(r"\..+\.(json|parquet|safetensors)\.(?P<host>.*)\.(?P<process>\d+)\.[0-9a-f]{32}")
 """What a file is called while it is written: which process of which machine does."""
@@ -93,7 +97,8 @@ class Folder:
                 os.fsync(file.fileno())
             beside.replace(path)
         except OSError as error:
-            hint = ": what is finished is kept; make room and run the same again" if error.errno == errno.ENOSPC else ""
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            hint = ": what is finished is kept; make room and run the same again" if full else ""
             raise OSError(error.errno, os.strerror(error.errno or 0) + hint, str(path)) from error
         finally:
             beside.unlink(missing_ok=True)
@@ -110,18 +115,29 @@ class Folder:
         for name, content in files.items():
             self.write(name, content)
 
-    def has(self, part: Part) -> bool:
-        """Whether a part is there, whole and readable, with at least the prompts that are wanted."""
+    def has(self, part: Part, work: Work, retry_errors: bool = False) -> bool:
+        """Whether a part is there, whole and readable, with at least the prompts that are wanted.
+
+        Args:
+            part: Which part.
+            work: What was to be done with it.
+            retry_errors: Whether a part in which a prompt has an error counts as missing.
+        """
         try:
             # all columns: checksums are looked at only of what is read
             tables = [read_part(self.path / part.path(table), table, self.sweep) for table in get_args(TableName)]
+            prompts = tables[0].select(["index", "id", "error"]).to_pylist()
+            for path in (path for row in prompts if row["error"] is None for path in work.kept(row["index"])):
+                load(self.path / path)
         except (OSError, ValueError):
             return False
+        if retry_errors and any(row["error"] is not None for row in prompts):
+            return False
         wanted = [context.id for context in part.contexts]
-        prompts = {*tables[0].column("index").to_pylist()}
+        numbers = {row["index"] for row in prompts}
         # a run that was killed while a part grew has written some of its tables
-        whole = all(prompts.issuperset(table.column("index").unique().to_pylist()) for table in tables[1:])
-        return whole and tables[0].column("id").to_pylist()[: len(wanted)] == wanted
+        whole = all(numbers.issuperset(table.column("index").unique().to_pylist()) for table in tables[1:])
+        return whole and [row["id"] for row in prompts[: len(wanted)]] == wanted
 
 
 def read_manifest(path: str | PathLike[str]) -> dict[str, Any]:
@@ -209,13 +225,14 @@ def _difference(before: Any, now: Any, name: str = "") -> tuple[str, Any, Any] |
     """The first thing in which two nested dictionaries differ, by its name."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for key in dict.fromkeys([*before, *now]):
-            found = _difference(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+            found = _difference(before.get(key, _NOTHING), now.get(key, _NOTHING), f"{name}.{key}" if name else key)
             if found is not None:
                 return found
         return None
-    return None if before == now else (name, before, now)
+    # as they are written, which is what the hash is of: 1, 1.0 and true are the same to Python
+    return None if json.dumps(before) == json.dumps(now) else (name, before, now)
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value)
+    text = value if value == _NOTHING else json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."

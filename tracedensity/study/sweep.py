@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, get_args
 from tracedensity.choices import Engine
 from tracedensity.loading import load_model
 from tracedensity.loading.quiet import no_warnings
-from tracedensity.model import Transformer, as_transformer
+from tracedensity.model import as_transformer
+from tracedensity.model.offload import is_offloading
 from tracedensity.study.contexts import Context, Corpus, Cut
 from tracedensity.study.counts import Counts, count_tokens
-from tracedensity.study.engines import here, in_processes, on_ray
+from tracedensity.study.engines import here, in_processes, on_ray, usual_workers
 from tracedensity.study.folder import Folder, read_sweep, sweep_of
 from tracedensity.study.table import TableName, named_in
 from tracedensity.study.work import Done, Part, Work, Worker, density_options
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
 
 PART_SIZE = 64
 """Prompts of a part, unless something else is said."""
-
-_PROCESS = 2**29
-"""Bytes that a process takes beside its model."""
 
 _RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
 """Where torchrun and Slurm's srun say which of how many runs one is."""
@@ -85,6 +83,7 @@ def sweep(
     curves: bool = False,
     circuits: float | int | Sequence[float | int] = (),
     resume: bool = True,
+    retry_errors: bool = False,
     progress: bool | None = None,
     loading: Mapping[str, Any] | None = None,
     **options: Any,
@@ -98,8 +97,9 @@ def sweep(
     Args:
         model: A name or folder for `load_model`; or a model, which is run in this process only.
         prompts: One or several ``.txt``, ``.jsonl``, ``.csv`` or ``.parquet`` files; a DataFrame; or a list of prompts
-            or of dictionaries. In a text file each line is a prompt, unless contexts are cut out of it. Tables have
-            their prompts in `column`, and may have ``id``, ``document``, ``domain``, ``group`` and ``target``.
+            or of dictionaries. In a text file each line is a prompt, unless contexts are cut out of it, as they can be
+            out of any file of text. Tables have their prompts in `column`, and may have ``id``, ``document``,
+            ``domain``, ``group`` and ``target``.
         out: The folder to write: new, or that of the same sweep.
         context_words: Cut text into contexts of so many words, the next word being the target.
         context_tokens: Or into contexts of so many tokens; several numbers give nested contexts of one target.
@@ -118,6 +118,8 @@ def sweep(
         curves: Whether to write the curve of each prompt, with its ranking, to a file that `td.load` reads.
         circuits: Faithfulnesses whose circuits are written as well.
         resume: Whether `out` may hold a part of the sweep already.
+        retry_errors: Whether parts in which a prompt has an error are run again, for errors that were the machine's,
+            such as a GPU whose memory somebody else had.
         progress: Whether to show it, with rate and time left; by default in a terminal or notebook.
         loading: How the model is loaded, as `load_model` takes it: ``{"device": "cuda"}``.
         options: Any options of `td.density` for one prompt but `sizes`, `also`, `per_example` and `batch_size`.
@@ -162,6 +164,10 @@ def sweep(
     about = {
         "model": transformer.name,
         "fingerprint": transformer.fingerprint(),
+        # the same weights, of which the last digits depend on these
+        "held_by": type(transformer.model).__name__,
+        "dtype": str(transformer.dtype).removeprefix("torch."),
+        "device": transformer.device.type,
         **named_in(transformer, options["graph"]),
         "prompts": corpus.about,
         "counts": None if counts is None else {"name": counts.name, "digest": counts.digest},
@@ -172,7 +178,8 @@ def sweep(
         "circuits": kept,
     }
     work = Work(
-        model, transformer.fingerprint(), loading, options, sweep_of(about), counts, curves, kept, threads
+        model, transformer.fingerprint(), loading, options, sweep_of(about), counts, curves, kept, threads,
+        is_offloading(),
     )  # fmt: skip
     worker = Worker(work, transformer)
     worker.try_options()  # what is wrong for every prompt is refused before anything is written
@@ -185,14 +192,14 @@ def sweep(
     folder.tidy()
     if workers is None:
         few = part_size if options["refine"] else _FEW  # a search takes longer than starting a process
-        workers = 1 if not named or n_prompts <= few else _usual_workers(transformer)
+        workers = 1 if not named or n_prompts <= few else usual_workers(transformer)
     n_made = n_errors = 0
     begun = time.monotonic()
     with _bar(n_prompts, progress) as bar:
 
         def missing() -> Iterator[Part]:
             for part in _parts(corpus.contexts(transformer), part_size, limit, mine):
-                if folder.has(part):
+                if folder.has(part, work, retry_errors):
                     bar.update(len(part.contexts))
                     bar.unpause()
                 else:
@@ -234,6 +241,8 @@ def _shard(given: str | tuple[int, int] | None) -> tuple[int, int]:
         number, of = map(int, given.split("/") if isinstance(given, str) else given)
     except (TypeError, ValueError) as error:
         raise ValueError(f'`shard` must be like "0/8", the first of eight, got {given!r}.') from error
+    if of < 1:
+        raise ValueError(f"`shard` must be of at least one run, got {given!r}.")
     if not 0 <= number < of:
         raise ValueError(f"`shard` must be from 0/{of} to {of - 1}/{of}, got {given!r}.")
     return number, of
@@ -262,18 +271,6 @@ def _numbers(given: int | Sequence[int] | None) -> tuple[int, ...]:
     if given is None:
         return ()
     return tuple(given) if isinstance(given, Sequence) else (given,)
-
-
-def _usual_workers(model: Transformer) -> int:
-    """As many as there are cores, if as many copies of the model fit into half of the memory."""
-    import joblib
-    import psutil
-
-    if model.device.type != "cpu":
-        return 1
-    n_bytes = sum(weight.numel() * weight.element_size() for weight in model.model.parameters())
-    fitting = psutil.virtual_memory().total // 2 // (n_bytes + _PROCESS)
-    return max(1, min(joblib.cpu_count(), fitting))
 
 
 def _bar(n_prompts: int, shown: bool | None) -> Any:

@@ -1,7 +1,7 @@
 """Tables: what a sweep writes of each prompt, threshold and size, column by column."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -216,21 +216,17 @@ def prediction_row(
 
 def curve_rows(curve: DensityCurve) -> dict[TableName, list[Row]]:
     """What is known of a prompt's circuits: one row of its own, one per threshold, one per size of the papers."""
-    entered = first_entries(curve)
-    from_first = leaving_first(curve)
-    known = curve.rows()
-    sizes = paper_sizes(curve.n_edges).tolist()
-    counts, quarters = _made_of(curve, [*sizes, *(row["size"] for row in known)])
+    content, sizes, tokens = _Content.of(curve), curve.sizes.tolist(), isinstance(curve.ranking.graph, TokenGraph)
     prompt: Row = {
         "n_edges": curve.n_edges,
         "auc": curve.auc,
         "auc_of_edges": curve.auc_of_edges,
-        "sizes": curve.sizes.tolist(),
+        "sizes": sizes,
         "faithfulness": curve.faithfulness.double().tolist(),
-        "from_first": None if from_first is None else from_first.tolist(),
-        "entered": entered.tolist(),
+        "from_first": [content.of_size[size]["from_first"] for size in sizes] if tokens else None,
+        "entered": content.entered.tolist(),
         "passes": curve.passes if isinstance(curve, TightCurve) else 0,
-        "graph": "token" if isinstance(curve.ranking.graph, TokenGraph) else "component",
+        "graph": "token" if tokens else "component",
         "method": curve.provenance.method,
         "family": curve.ranking.family,
         "metric": curve.metric,
@@ -244,10 +240,7 @@ def curve_rows(curve: DensityCurve) -> dict[TableName, list[Row]]:
             "auc_inverse": area(coarse, curve.inverse.faithfulness),
             "auc_coarse": area(coarse, curve.faithfulness[_point(curve, coarse)]),
         }
-    points, thresholds = _point_rows(curve), _threshold_rows(curve, known, entered, from_first)
-    for row, of_parts, of_quarters in zip([*points, *thresholds], counts, quarters, strict=True):
-        row |= {"by_part": of_parts, "by_quarter": of_quarters}
-    return {"prompts": [prompt], "thresholds": thresholds, "points": points}
+    return {"prompts": [prompt], "thresholds": _threshold_rows(curve, content), "points": _point_rows(curve, content)}
 
 
 def named_in(model: Transformer, kind: str) -> dict[str, list[str]]:
@@ -260,71 +253,84 @@ def named_in(model: Transformer, kind: str) -> dict[str, list[str]]:
     return {"components": list(by_component(graph).columns), "parts": list(by_part(graph).columns)}
 
 
-def first_entries(curve: DensityCurve) -> Int[Tensor, " component"]:
-    """The smallest circuit in which each component has an edge, in the order of `by_component`."""
-    groups = by_component(curve.ranking.graph)
-    if not isinstance(curve, TightCurve):
-        return groups.least(curve.ranking.rank)[0].long() + 1
-    entered = torch.full((len(groups.columns),), curve.n_edges)
-    for size in curve.sizes.tolist():
-        present = groups.total(curve.circuit(size=size).kept)[0] > 0
-        entered = entered.minimum(torch.where(present, size, curve.n_edges))
-    return entered
-
-
-def leaving_first(curve: DensityCurve) -> Int[Tensor, " point"] | None:
-    """How many edges of each circuit leave a state of the first token; None where tokens are no nodes.
-
-    Much attention goes to a first token that means nothing, so that lengths are compared without these edges as well.
-    """
-    graph = curve.ranking.graph
-    if not isinstance(graph, TokenGraph):
-        return None
-    groups = by_source(graph)
-    if not isinstance(curve, TightCurve):
-        return counts_in(curve.ranking.rank, curve.sizes.cpu(), groups)[:, 0, 0]
-    kept = [groups.total(curve.circuit(size=size).kept)[0, 0] for size in curve.sizes.tolist()]
-    return torch.stack(kept).long()
-
-
 def area(sizes: Int[Tensor, " point"], faithfulness: Float[Tensor, " point"]) -> float:
     """Area under 1 - faithfulness over log10 of size, over sizes of at least one edge."""
     some = sizes > 0
     return float(torch.trapezoid(1 - faithfulness[some].double(), sizes[some].double().log10()))
 
 
-def _threshold_rows(
-    curve: DensityCurve,
-    known: list[Row],
-    entered: Int[Tensor, " component"],
-    from_first: Int[Tensor, " point"] | None,
-) -> list[Row]:
-    groups = by_component(curve.ranking.graph) if isinstance(curve, TightCurve) else None
+@dataclass(frozen=True, eq=False)
+class _Content:
+    """What the circuits of a curve hold, at all sizes that rows are about.
+
+    Attributes:
+        of_size: For each size, of the best known circuit of at most so many edges: columns `by_part` and `by_quarter`;
+            `n_components`, how many components have an edge in it; `from_first`, how many of its edges leave a state of
+            the first token, or None where tokens are no nodes. Much attention goes to a first token that means nothing,
+            so that lengths are compared without these edges as well.
+        entered: The smallest circuit in which each component has an edge, in the order of `by_component`.
+    """
+
+    of_size: Mapping[int, Row]
+    entered: Int[Tensor, " component"]
+
+    @classmethod
+    def of(cls, curve: DensityCurve) -> "_Content":
+        graph, rank = curve.ranking.graph, curve.ranking.rank
+        sizes = torch.cat([curve.sizes.cpu(), paper_sizes(curve.n_edges)]).unique()
+        grouped = [by_part(graph), by_component(graph), *([by_source(graph)] if isinstance(graph, TokenGraph) else [])]
+        if not isinstance(curve, TightCurve):
+            counts, *of_sources = (counts_in(rank, sizes, groups) for groups in (grouped[0], *grouped[2:]))
+            entered = grouped[1].least(rank)[0].long() + 1
+            n_components = (entered <= sizes[:, None]).sum(1)
+        else:  # its circuits do not hold one another: each is made, once
+            own = sizes.clamp(min=int(curve.sizes[0]))
+            kept = (curve.circuit(size=size).kept for size in own.tolist())
+            totals = zip(*([groups.total(each) for groups in grouped] for each in kept), strict=True)
+            counts, of_components, *of_sources = (torch.stack(each).nan_to_num().long() for each in totals)
+            present = of_components[:, 0] > 0
+            entered = torch.where(present, own[:, None], curve.n_edges).amin(0)
+            n_components = present.sum(1)
+        made = Composition(sizes, counts, grouped[0].columns, curve.ranking.family, curve.provenance)
+        columns = {
+            "by_part": counts.sum(1).tolist(),
+            "by_quarter": made.by_quarter.tolist(),
+            "n_components": n_components.tolist(),
+            "from_first": of_sources[0][:, 0, 0].tolist() if of_sources else [None] * len(sizes),
+        }
+        rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+        return cls(dict(zip(sizes.tolist(), rows, strict=True)), entered)
+
+    def columns(self, size: int) -> Row:
+        """What rows about a size have of it."""
+        return {name: self.of_size[size][name] for name in ("by_part", "by_quarter")}
+
+    def later_fraction(self, size: int) -> float | None:
+        """Share of the edges that leave any token but the first; NaN without any, None without tokens."""
+        n_edges, from_first = max(self.of_size), self.of_size[size]["from_first"]
+        if from_first is None:
+            return None
+        n_later = n_edges - self.of_size[n_edges]["from_first"]
+        return (size - from_first) / n_later if n_later else float("nan")
+
+
+def _threshold_rows(curve: DensityCurve, content: _Content) -> list[Row]:
     rows = []
-    for row in known:
-        if groups is None:
-            n_components = int((entered <= row["size"]).sum())
-        else:  # its circuits do not hold one another
-            n_components = int((groups.total(curve.circuit(size=row["size"]).kept)[0] > 0).sum())
+    for row in curve.rows():
+        n_components = content.of_size[row["size"]]["n_components"]
         rows.append({
             **{name: row[name] for name in ("threshold", "size", "stable_size", "fraction", "stable_fraction")},
             "per_token": row["size"] / len(curve.provenance.token_ids),
             "n_components": n_components,
-            "component_share": n_components / len(entered),
-            "later_fraction": None if from_first is None else _later(curve, row["size"], from_first),
+            "component_share": n_components / len(content.entered),
+            "later_fraction": content.later_fraction(row["size"]),
             "faithfulness": row["faithfulness"],
+            **content.columns(row["size"]),
         })  # fmt: skip
     return rows
 
 
-def _later(curve: DensityCurve, size: int, from_first: Int[Tensor, " point"]) -> float:
-    """Share of the edges that leave any token but the first; NaN if there are none."""
-    point = int(_point(curve, torch.tensor([size])))
-    n_later = curve.n_edges - int(from_first[-1])
-    return (size - int(from_first[point])) / n_later if n_later else float("nan")
-
-
-def _point_rows(curve: DensityCurve) -> list[Row]:
+def _point_rows(curve: DensityCurve, content: _Content) -> list[Row]:
     sizes = paper_sizes(curve.n_edges)
     points = _point(curve, sizes).tolist()
     own = curve.published if isinstance(curve, TightCurve) else curve
@@ -341,6 +347,7 @@ def _point_rows(curve: DensityCurve) -> list[Row]:
             "faithfulness": heights[""][points[number]],
             **{name: values.get(size) for name, values in beside.items()},
             **{name: heights[name][where[number]] for name in own.also},
+            **content.columns(size),
         }
         for number, (share, size) in enumerate(zip(RELATIVE_SIZES, sizes.tolist(), strict=True))
     ]
@@ -349,18 +356,3 @@ def _point_rows(curve: DensityCurve) -> list[Row]:
 def _point(curve: DensityCurve, sizes: Int[Tensor, " some"]) -> Int[Tensor, " some"]:
     """The point of the curve at each size, or the next smaller one on a tight curve."""
     return (torch.searchsorted(curve.sizes, sizes, right=True) - 1).clamp(min=0)
-
-
-def _made_of(curve: DensityCurve, sizes: Sequence[int]) -> tuple[list[list[int]], list[list[int]]]:
-    """Edges of each part, and in each quarter of the layers, of the circuits of sizes, also where sizes repeat."""
-    groups = by_part(curve.ranking.graph)
-    different = sorted({*sizes, curve.n_edges})
-    if isinstance(curve, TightCurve):
-        least = int(curve.sizes[0])
-        kept = [groups.total(curve.circuit(size=max(size, least)).kept) for size in different]
-        counts = torch.stack(kept).nan_to_num().long()
-    else:
-        counts = counts_in(curve.ranking.rank, torch.tensor(different), groups)
-    made = Composition(torch.tensor(different), counts, groups.columns, curve.ranking.family, curve.provenance)
-    place = [different.index(size) for size in sizes]
-    return counts.sum(1)[place].tolist(), made.by_quarter[place].tolist()

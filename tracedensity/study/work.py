@@ -17,6 +17,7 @@ from tracedensity.estimation import Estimation, density
 from tracedensity.files import circuit_file, curve_file, versions
 from tracedensity.loading import load_model
 from tracedensity.model import Site, Transformer, as_transformer
+from tracedensity.model.offload import offload_activations
 from tracedensity.pooling import FAILURES, Asking
 from tracedensity.score.flow import MEASURES, contribution_sites
 from tracedensity.setting import rows_at_once
@@ -96,6 +97,7 @@ class Work:
         curves: Whether to keep the curve of each prompt, its ranking in it.
         circuits: Faithfulnesses whose circuits are kept.
         threads: Threads of PyTorch, on which the last digits depend.
+        offload: Whether gradients wait in main memory, see `td.offload_activations`.
     """
 
     model: Any
@@ -107,13 +109,25 @@ class Work:
     curves: bool = False
     circuits: tuple[float, ...] = ()
     threads: int = 1
+    offload: bool = False
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What tells it from other work, so that a process may keep its model."""
+        return self.sweep, str(self.model), repr(sorted(self.loading.items())), self.offload
+
+    def kept(self, number: int) -> list[str]:
+        """Files of a prompt's own."""
+        circuits = [f"circuits/{number:07d}-{each:g}.safetensors" for each in self.circuits]
+        return [*([f"curves/{number:07d}.safetensors"] if self.curves else []), *circuits]
 
 
 def density_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of `td.density`, those that were not given by their defaults.
+    """Options of `td.density` as JSON can hold them, those that were not given by their defaults.
 
     Raises:
-        ValueError: If there is no such option, or a sweep cannot have it.
+        TypeError: If there is no such option, or a sweep has none of it.
+        ValueError: If it cannot be written down.
     """
     known = {
         name: each.default for name, each in signature(density).parameters.items() if each.kind == each.KEYWORD_ONLY
@@ -124,7 +138,24 @@ def density_options(given: Mapping[str, Any]) -> dict[str, Any]:
             raise TypeError(f"`sweep` has no option {name!r}; those of `density` that it takes are {', '.join(usual)}.")
         if callable(value):
             raise ValueError(f"`{name}` must be a name in a sweep, which writes down how it was made, got a function.")
-    return {**usual, **given}
+        try:
+            usual[name] = _plain(value)
+        except TypeError as error:
+            raise ValueError(
+                f"`{name}` must be numbers or names in a sweep, which writes down how it was made, got a "
+                f"{type(value).__name__}."
+            ) from error
+    usual["thresholds"] = tuple(map(float, usual["thresholds"]))  # 1 and 1.0 are one threshold
+    return usual
+
+
+def _plain(value: Any) -> Any:
+    """An option without types of numpy and of PyTorch, and without tuples.
+
+    Raises:
+        TypeError: If JSON cannot hold it.
+    """
+    return json.loads(json.dumps(value, default=lambda each: each.tolist() if hasattr(each, "tolist") else [*each]))
 
 
 @dataclass(eq=False)
@@ -184,7 +215,7 @@ class Worker:
         threads = torch.get_num_threads()
         try:
             torch.set_num_threads(self.work.threads)
-            with torch.inference_mode(False), self.model.unchanged():
+            with torch.inference_mode(False), offload_activations(self.work.offload), self.model.unchanged():
                 return self._done(part)
         finally:
             torch.set_num_threads(threads)
@@ -293,12 +324,9 @@ class Worker:
 
     def _kept(self, number: int, curve: DensityCurve) -> Files:
         """Files of one prompt."""
-        files: Files = {}
-        if self.work.curves:
-            files[f"curves/{number:07d}.safetensors"] = curve_file(curve)
-        for each in self.work.circuits:
-            files[f"circuits/{number:07d}-{each:g}.safetensors"] = circuit_file(curve.circuit(faithfulness=each))
-        return files
+        curves = [curve_file(curve)] if self.work.curves else []
+        circuits = [circuit_file(curve.circuit(faithfulness=each)) for each in self.work.circuits]
+        return dict(zip(self.work.kept(number), [*curves, *circuits], strict=True))
 
     def _parquet(self, table: str, rows: list[Row], part: Part) -> bytes:
         import pyarrow as pa
