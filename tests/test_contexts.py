@@ -53,6 +53,12 @@ def test_each_line_of_text_is_a_prompt_unless_it_is_cut(written, model):
     ]
 
 
+def test_lines_of_spaces_do_not_part_documents(written, model):
+    """Verses of one book are set off by them."""
+    found = contexts(written("some.txt", "one two\n \nthree four\n\nfive six\n"), model, Cut(words=1))
+    assert [each.document for each in found] == ["some.txt:0", "some.txt:0", "some.txt:1"]
+
+
 def test_any_file_of_text_can_be_cut(written, model):
     whole = contexts(written("some.txt", BLOCKS), model, Cut(words=1))
     for name in ("some.md", "some"):

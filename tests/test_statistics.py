@@ -109,6 +109,18 @@ def test_p_is_uniform_where_there_is_nothing(controls):
     assert kstest(found, "uniform").pvalue > 0.01
 
 
+@pytest.mark.parametrize("strata", [1, 2])
+def test_p_is_uniform_where_controls_are_many_and_rows_are_few(strata: int):
+    """An exchanged residual is no longer free of controls: what they explain of it makes it shorter."""
+    controls, found = tuple("abcdefgh"), []
+    for seed in range(500):
+        columns = draw(seed, "x", "y", *controls, n=18)
+        own = Sample(np.arange(18), np.arange(18) % strata, 0, 199, seed)
+        found.append(own.correlations(columns, [Pair("x", "y", controls)])[0].p)
+    assert kstest(found, "uniform").pvalue > 0.01
+    assert 0.03 < np.mean(np.array(found) <= 0.05) < 0.075
+
+
 def test_what_depends_on_length_alone_is_no_finding_within_lengths():
     """Density that falls with length, and a covariate that grows with it but says nothing else."""
     raw, within = 0, 0

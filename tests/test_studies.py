@@ -18,7 +18,7 @@ from tracedensity.study.bisection import bisected
 from tracedensity.study.counts import Counts
 from tracedensity.study.covariates import NUMERIC, OUTCOMES, SIZES, known_outcomes, outcome_of, with_covariates
 from tracedensity.study.grid import half_areas
-from tracedensity.study.knees import knee, segments
+from tracedensity.study.knees import _by_segments, knee, segments
 from tracedensity.study.statistics import codes
 
 FEW: dict[str, Any] = {"n_bootstrap": 50, "n_permutations": 200}
@@ -345,6 +345,27 @@ def test_what_cannot_be_compared_is_refused():
         td.study.compare({"a": planted(5), "b": planted(5)}, others={"c": planted(5)})
 
 
+@pytest.mark.parametrize("order", ["abc", "bca", "cab"])
+def test_what_two_models_share_by_length_alone_is_no_finding_whichever_comes_first(order: str):
+    """The strata of a pair are of its own models' lengths: those of a say nothing."""
+    p: list[list[float]] = []
+    for seed in range(40):
+        generator = np.random.default_rng(seed)
+        length = generator.integers(10, 40, 200)
+        tables = {}
+        for name in order:
+            table = planted(200, ord(name))
+            table["n_tokens"] = 20 if name == "a" else length
+            table["auc"] = generator.normal(size=200) + (0 if name == "a" else length / 10)
+            tables[name] = table
+        rows = td.study.compare(tables, outcome="auc", n_bootstrap=0, n_permutations=199, seed=seed).table
+        (row,) = [each for each in rows.to_dict("records") if "a" not in (each["a"], each["b"])]
+        p.append([row["p"], row["length_p"]])
+        assert row["rho"] > 0.2  # which it explains
+    within, given = np.mean(np.array(p) <= 0.05, axis=0)
+    assert within < 0.5 and given < 0.2  # neighbouring lengths share a stratum
+
+
 def test_p_of_comparisons_is_uniform_for_models_that_share_nothing():
     found, tables = [], {"a": planted(24), "b": planted(24, 1)}
     for seed in range(200):
@@ -393,14 +414,24 @@ def test_the_knee_behind_a_plateau_is_not_the_first_point():
 
 
 def test_where_there_is_no_inner_knee_the_break_is_taken_and_said_so():
-    y = 1 / (1 + np.exp(8 * (X + 0.4)))  # falls at the very end
+    y = np.interp(X, [-5, -0.4, 0], [0.9, 0.42, 0.4])  # bends too near to its end for Kneedle
     found, note = knee(X, y)
-    assert "straight pieces" in note
-    assert found is not None
+    assert found == pytest.approx(-0.4) and "no inner knee: the break of straight pieces was taken" in note
+
+
+@pytest.mark.parametrize(
+    "y",
+    [1 / (1 + np.exp(8 * (X + 0.4))), np.where(X < -1, 0.95, 0.95 - 0.9 * (X + 1)), 1 - 0.02 * (X + 5) ** 2],
+    ids=["falls at the very end", "plateau, then straight down", "ever steeper"],
+)
+def test_no_threshold_is_where_a_curve_gets_steeper(y: np.ndarray):
+    for how in (knee, _by_segments):
+        found, note = how(X, y)
+        assert found is None and "steeper behind its break than before" in note
 
 
 def test_thresholds_are_chosen_on_some_documents_and_tried_on_others():
-    table = planted(80)
+    table = planted(80, density=lambda _, generator: generator.normal(-3.5, 0.4, 80))
     found = td.study.thresholds(table, n_bootstrap=20)
     assert found.held_out and found.table["n"].tolist() == [40, 40]
     for choice in found.choices.values():

@@ -58,7 +58,7 @@ ThresholdOption = Annotated[
     typer.Option(metavar="F", help="Faithfulness at which sizes are taken.", show_default="0.9"),
 ]
 OutcomeOption = Annotated[
-    Literal["area", "auc", "fraction", "size", "per_token", "component_share", "later_fraction"] | None,
+    Literal["area", "auc", "auc_of_edges", "fraction", "size", "per_token", "component_share", "later_fraction"] | None,
     typer.Option(help="Which density.", show_default="area"),
 ]
 CsvOption = Annotated[Path | None, typer.Option(metavar="OUT", help="Write the table to this CSV file.")]

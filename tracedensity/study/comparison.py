@@ -87,7 +87,8 @@ def compare(
         others: Sweeps of the same models over the same prompts in which edges were scored in another way, for how
             reliable the measure is.
         n_bootstrap: How often documents are resampled, for all models at once.
-        n_permutations: How often the inputs of one model are exchanged within strata of similar length.
+        n_permutations: How often the inputs of one model are exchanged within strata of similar length, both models'
+            together.
         seed: For both.
 
     Raises:
@@ -104,9 +105,10 @@ def compare(
         raise ValueError(f"`tables` must have inputs in common, the same texts, got {len(common)} for {names}.")
     same: dict[str, Any] = {name: table.loc[common] for name, table in known.items()}
     y = {name: outcome_of(table, outcome, threshold) for name, table in same.items()}
-    first = same[names[0]]
-    document = codes(first["document"].astype(str).to_numpy())
-    sample = Sample(document, strata_of(first["n_tokens"].to_numpy(float)), n_bootstrap, n_permutations, seed)
+    document = codes(same[names[0]]["document"].astype(str).to_numpy())
+    lengths = {name: table["n_tokens"].to_numpy(float) for name, table in same.items()}
+    strata = {f"{a}, {b}": strata_of(lengths[a] + lengths[b]) for a, b in combinations(names, 2)}
+    sample = Sample(document, np.zeros_like(document), n_bootstrap, n_permutations, seed, strata)
     columns: dict[str, np.ndarray] = dict(y)
     for name, table in same.items():
         for covariate in ("n_tokens", "entropy", "rarity_target", "rarity_top"):
@@ -117,7 +119,7 @@ def compare(
         length = tuple(f"n_tokens of {each}" for each in (a, b))
         causes = [f"{cause} of {each}" for cause in ("entropy", "rarity_target", "rarity_top") for each in (a, b)]
         given = (*length, *(cause for cause in causes if cause in columns))
-        pairs += [Pair(a, b), Pair(a, b, length), Pair(a, b, given)]
+        pairs += [Pair(a, b, each, f"{a}, {b}") for each in ((), length, given)]
     found = sample.correlations(columns, pairs)
     reliability = _reliability(same, y, dict(others or {}), outcome, threshold)
     rows = []

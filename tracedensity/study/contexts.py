@@ -229,7 +229,8 @@ class Corpus:
     def _of_text(self, path: Path, name: str, model: Transformer) -> Iterator[Context]:
         """Each line of a text file, or what its documents are cut into.
 
-        Documents begin where WikiText has the title of an article, or else behind empty lines. Titles are no text.
+        Documents begin where WikiText has the title of an article, or else behind empty lines, in which there are no
+        spaces either. Titles are no text.
         """
         if not self.cut:
             for number, line in enumerate(_lines(path)):
@@ -241,7 +242,8 @@ class Corpus:
         number = paragraph = 0
         taken: dict[str, int] = {}
         for line in _lines(path):
-            if _TITLE.fullmatch(line) if with_titles else not line.strip():
+            # a line of spaces sets verses apart, and must not make documents of one book
+            if _TITLE.fullmatch(line) if with_titles else not line:
                 number, paragraph = number + bool(paragraph), 0
                 taken.clear()
             elif line.strip() and not (with_titles and _HEADING.fullmatch(line)):

@@ -46,6 +46,7 @@ SIZES: Mapping[str, str] = {
 AREAS: Mapping[str, str] = {
     "area": "area under 1 - faithfulness over log10 of the share of edges, from 1e-5 to 1",
     "auc": "the same as the density papers' code has it, in which it jumps where 1e-5 of all edges is one",
+    "auc_of_edges": "the same over sizes of at least one edge, whose range grows with the graph",
 }
 """The ways in which all sizes are taken together."""
 
@@ -113,8 +114,8 @@ def outcome_of(table: Any, name: str, threshold: float | int = 0.9) -> Float[np.
         ValueError: If there is no such outcome, or the sweep does not tell.
     """
     require_prompts(table)
-    if name == "auc":
-        return table["auc"].to_numpy(float)
+    if name in ("auc", "auc_of_edges"):
+        return table[name].to_numpy(float)
     if name == "area":
         return np.array([grid_area(*row) for row in zip(table["sizes"], table["faithfulness"], strict=True)])
     if name not in SIZES:

@@ -13,7 +13,7 @@ from tracedensity.evaluation import RELATIVE_SIZES
 from tracedensity.extras import extra
 from tracedensity.study.folder import read_sweep
 from tracedensity.study.grid import on_grid
-from tracedensity.study.knees import segments
+from tracedensity.study.knees import places_of, segments
 from tracedensity.study.statistics import codes, holm, interval, resampled
 
 if TYPE_CHECKING:
@@ -28,8 +28,10 @@ class Phases:
 
     Attributes:
         break_at: Share of all edges at which two straight pieces meet; None where one is as good.
-        low: Lower end of the interval of the break, over resampled documents.
+        low: Lower end of the interval of the break, over resampled documents; breaks are looked for at sizes on a grid,
+            and known to half a step of it.
         high: Its upper end.
+        at_edge: Whether the break is at the first or the last size at which one is looked for.
         found: Share of resampled curves that have one.
         slopes: Faithfulness gained per tenfold size, before and behind.
         gain: How much lower the Bayesian information criterion is with two pieces than with one.
@@ -38,6 +40,7 @@ class Phases:
     break_at: float | None
     low: float
     high: float
+    at_edge: bool
     found: float
     slopes: tuple[float, ...]
     gain: float
@@ -215,11 +218,16 @@ def phases_of(
     """Whether the mean of curves breaks."""
     whole = segments(x, curves.mean(0), 2)
     breaks = [segments(x, curves[draw].mean(0), 2).breaks for draw in draws]
-    bent = 10 ** np.array([each[0] for each in breaks if each], dtype=float)
-    low, high = interval(bent)
+    low, high = interval([each[0] for each in breaks if each])
+    between = np.concatenate([x[:1], (x[1:] + x[:-1]) / 2, x[-1:]])  # where one size of the grid gives way to the next
     edges = np.array([x[0], *whole.breaks, x[-1]])
     slopes = np.diff(np.interp(edges, x, whole.fitted)) / np.diff(edges)
     return Phases(
-        float(10 ** whole.breaks[0]) if whole.breaks else None, low, high,
-        len(bent) / len(draws) if draws else np.nan, tuple(slopes.tolist()), whole.bic[0] - min(whole.bic),
-    )  # fmt: skip
+        float(10 ** whole.breaks[0]) if whole.breaks else None,
+        float(10 ** between[between <= low].max(initial=-np.inf)) if np.isfinite(low) else np.nan,
+        float(10 ** between[between >= high].min(initial=np.inf)) if np.isfinite(high) else np.nan,
+        bool(whole.breaks) and whole.breaks[0] in places_of(x)[[0, -1]],
+        sum(map(bool, breaks)) / len(draws) if draws else np.nan,
+        tuple(slopes.tolist()),
+        whole.bic[0] - min(whole.bic),
+    )

@@ -30,6 +30,8 @@ _FEWEST = 6
 _PER_SEGMENT = 3
 """Points that a segment has at least."""
 
+_INNER = slice(_PER_SEGMENT - 1, 1 - _PER_SEGMENT)
+
 
 @dataclass(frozen=True, eq=False)
 class Segments:
@@ -113,7 +115,8 @@ def thresholds(table: DataFrame, *, split: float = 0.5, n_bootstrap: int = 500, 
 
     Kneedle, and a fit of one or two straight pieces by BIC, both on distance (1 - faithfulness) over log10 of size. A
     leading plateau, which Kneedle takes for the knee, is cut; where it has no inner knee, the break of two pieces is
-    taken, and said so. Chosen on some documents, tried on the others.
+    taken, and said so. A curve that is steeper behind such a place than before has no threshold there. Chosen on some
+    documents, tried on the others.
 
     Args:
         table: Prompts of a sweep, from `td.read_sweep`.
@@ -179,10 +182,11 @@ def knee(x: Float[np.ndarray, " point"], distance: Float[np.ndarray, " point"]) 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it warns where it finds none
             found = locator(some, heights, S=1.0, curve="convex", direction="decreasing").knee
-        if found is not None and some[0] < found < some[-1]:
+        if found is not None and some[0] < found < some[-1] and _flattens(some, heights, found):
             return float(found), ""
     place, note = _by_segments(x, distance)
-    return place, "Kneedle found no inner knee: the break of straight pieces was taken. " + note
+    taken = "" if place is None else ": the break of straight pieces was taken"
+    return place, f"Kneedle found no inner knee{taken}. {note}".rstrip()
 
 
 def segments(x: Float[np.ndarray, " point"], y: Float[np.ndarray, " point"], most: int = 3) -> Segments:
@@ -206,7 +210,7 @@ def segments(x: Float[np.ndarray, " point"], y: Float[np.ndarray, " point"], mos
     floor = n * np.finfo(float).eps * max(float(np.square(y).sum()), 1e-300)  # of rounding: an exact fit is no -inf
     for pieces in range(1, most + 1):
         fits = []
-        for places in combinations(range(_PER_SEGMENT - 1, n - _PER_SEGMENT + 1), pieces - 1):
+        for places in combinations(range(n)[_INNER], pieces - 1):
             ends = (0, *places, n - 1)
             if any(after - before < _PER_SEGMENT - 1 for before, after in pairwise(ends)):
                 continue
@@ -222,12 +226,26 @@ def segments(x: Float[np.ndarray, " point"], y: Float[np.ndarray, " point"], mos
     return Segments(breaks, tuple(float(bic) for bic, _, _ in best), fitted)
 
 
+def places_of(x: Float[np.ndarray, " point"]) -> Float[np.ndarray, " place"]:
+    """Where two pieces may meet."""
+    return x[_INNER]
+
+
 def _by_segments(x: Float[np.ndarray, " point"], y: Float[np.ndarray, " point"]) -> tuple[float | None, str]:
-    """The break of two pieces; None if one is as good by the criterion."""
+    """The break of two pieces; None if one is as good by the criterion, or the curve is steeper behind."""
     found = segments(x, y, 2)
     if found.n_segments == 1:
         return None, "One straight piece describes the curve as well as two: there is no threshold to choose."
+    if not _flattens(x, found.fitted, found.breaks[0]):
+        return None, "The curve is steeper behind its break than before: there is no threshold to choose."
     return found.breaks[0], ""
+
+
+def _flattens(x: Float[np.ndarray, " point"], y: Float[np.ndarray, " point"], place: float) -> bool:
+    """Whether a falling curve falls less behind a place than before it, from end to end."""
+    middle = np.interp(place, x, y)
+    before, behind = (y[0] - middle) / (place - x[0]), (middle - y[-1]) / (x[-1] - place)
+    return bool(before > behind)
 
 
 _CHOICES: dict[str, Callable[[Any, Any], tuple[float | None, str]]] = {"knee": knee, "segments": _by_segments}

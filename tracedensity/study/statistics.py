@@ -89,8 +89,8 @@ class Sample:
                 in all rows are left out.
 
         Returns:
-            The estimates. p is by exchange of y, or of its residual (Freedman and Lane), within strata:
-            ``(1 + #{|rho'| >= |rho|}) / (1 + n_permutations)``.
+            The estimates. p is by exchange of y, or of its residual, within strata, controls being taken out of it anew
+            (Freedman and Lane): ``(1 + #{|rho'| >= |rho|}) / (1 + n_permutations)``.
         """
         found: dict[int, Estimate] = {}
         alike: dict[tuple[bytes, str], list[int]] = {}  # pairs known in the same rows share all that is drawn
@@ -136,11 +136,14 @@ class Sample:
             return np.full(len(rho), np.nan)
         left = [residuals(ranked[:, each[:2]], ranked[:, each[2:]]) for each in wanted]
         left = [each / np.maximum(np.linalg.norm(each, axis=0), 1e-300) for each in left]
+        explained = [directions(ranked[:, each[2:]]) for each in wanted]
         n_as_large = np.zeros(len(rho))
         for order in exchanged(stratum, self.n_permutations, self.seed):
-            for number, each in enumerate(left):
-                # what controls explain need not be taken out of an exchanged y again: it has no part in x's residual
-                n_as_large[number] += (np.abs(each[:, 1][order] @ each[:, 0]) >= abs(rho[number]) - 1e-12).sum()
+            for number, (each, controls) in enumerate(zip(left, explained, strict=True)):
+                again = each[:, 1][order]
+                # what controls explain of an exchanged y has no part in x's residual, but in the length of y's
+                length = np.sqrt(np.maximum(1 - np.square(again @ controls).sum(1), 0.0))
+                n_as_large[number] += (np.abs(again @ each[:, 0]) >= (abs(rho[number]) - 1e-12) * length).sum()
         return np.where(np.isfinite(rho), (1 + n_as_large) / (1 + self.n_permutations), np.nan)
 
 
@@ -232,6 +235,12 @@ def residuals(
     if not controls.shape[1]:
         return of
     return of - controls @ np.linalg.lstsq(controls, of, rcond=None)[0]
+
+
+def directions(columns: Float[np.ndarray, "row column"]) -> Float[np.ndarray, "row direction"]:
+    """An orthonormal basis of what columns span."""
+    found, length, _ = np.linalg.svd(columns, full_matrices=False)
+    return found[:, length > 1e-10 * max(length.max(initial=0.0), 1e-300)]
 
 
 def strata_of(
