@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 import tracedensity as td
-from training.train import build, write
 
 WORDS = 20
 """Words of a context. The papers take 40, which these models read as 60 to 150 tokens."""
@@ -20,9 +20,13 @@ LENGTHS = (8, 16, 32, 64)
 THRESHOLDS = (0.5, 0.8, 0.9)
 """Faithfulnesses at which sizes are taken."""
 
+ASSETS = Path(td.__file__).parent / "assets"
+
 TRAINED = ("books-gpt2", "books-llama", "stories260K")
-RANDOM = "random"
-"""The architecture of books-gpt2 with weights that were drawn: the null control."""
+NULL = "shuffled"
+"""The null control: books-gpt2, the entries of each of its weight tensors in a random order. Weights as a model is
+initialised with would predict all tokens alike, which a circuit without edges does as well.
+"""
 
 
 @dataclass(frozen=True)
@@ -65,20 +69,16 @@ class Places:
     def model(self, name: str) -> str | None:
         """What `td.load_model` takes for a model; None if it is not there.
 
-        The random one is made when it is first asked for.
+        The null control is made when it is first asked for.
         """
         if name == "stories260K":
             folder = self.models / name
             return str(folder) if (folder / "config.json").is_file() else None
-        if name != RANDOM:
+        if name != NULL:
             return name
-        folder = self.out / "models" / RANDOM
+        folder = self.out / "models" / NULL
         if not (folder / "config.json").is_file():
-            torch.manual_seed(0)
-            write(build("books-gpt2"), folder)
-            tokenizer = Path(td.__file__).parent / "assets" / "tokenizer"
-            for file in tokenizer.iterdir():
-                (folder / file.name).write_bytes(file.read_bytes())
+            shuffle(ASSETS / "books-gpt2", folder)
         return str(folder)
 
     def text(self, corpus: str) -> tuple[Path, Path]:
@@ -97,8 +97,24 @@ class Places:
         return text, counted
 
 
+def shuffle(model: Path, folder: Path) -> None:
+    """Write a model whose weights are another's, the entries of each tensor in a random order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    weights = load_file(model / "model.safetensors")
+    mixed = {
+        name: each.flatten()[torch.randperm(each.numel(), generator=generator)].view_as(each)
+        for name, each in sorted(weights.items())
+    }
+    save_file(mixed, folder / "model.safetensors", {"format": "pt"})
+    for file in (*(ASSETS / "tokenizer").iterdir(), model / "config.json"):  # the last says that all is there
+        (folder / file.name).write_bytes(file.read_bytes())
+
+
 DOCUMENTS: Mapping[str, int] = {"wikitext": 50, "books": 9}
-"""From so many articles, or books, as many contexts each; WikiText's test part has some articles more."""
+"""From so many articles, or books, as many contexts each; WikiText's test part has some articles more, for those that
+are short.
+"""
 
 
 def studies(n: int) -> list[Study]:
@@ -112,13 +128,13 @@ def studies(n: int) -> list[Study]:
         each = {"per_document": math.ceil(n_groups / DOCUMENTS[corpus]), "thresholds": THRESHOLDS}
         found.append(Study(model, corpus, kind, limit, {**each, **options}))
 
-    for model in (*TRAINED, RANDOM):
+    for model in (*TRAINED, NULL):
         add(model, "wikitext", "norm", n, **words)
+        add(model, "books", "norm", n, **words, **no_baselines)
         add(model, "wikitext", "flow", max(n // 3, 12), method="flow", **words, **no_baselines)
         add(model, "wikitext", "nested", max(n, 48), context_tokens=LENGTHS, **no_baselines)
-        if model != RANDOM:
-            add(model, "books", "norm", n, **words, **no_baselines)
-            add(model, "wikitext", "tight", max(n // 16, 12), method="best", refine=True, **words, **no_baselines)
+        if model != NULL:
+            add(model, "wikitext", "tight", max(n // 20, 12), method="best", refine=True, **words, **no_baselines)
     return found
 
 

@@ -13,12 +13,18 @@ from pathlib import Path
 from string import Template
 from typing import Annotated, Any
 
+import plotly.graph_objects as go
 import torch
 import typer
 
 import tracedensity as td
-from studies.corpora import DOCUMENTS, RANDOM, THRESHOLDS, WORDS, Places, of_checkpoints, run, studies
-from studies.findings import DENSE, FINDINGS, NEARER, RANGE, SPARSE, Finding, Sweeps
+from studies.corpora import NULL, THRESHOLDS, WORDS, Places, of_checkpoints, run, studies
+from studies.findings import FINDINGS, Finding, Sweeps
+from studies.findings.dense import DENSE, SPARSE
+from studies.findings.dynamic import RANGE
+from studies.findings.long import CEILING
+from studies.findings.phases import NEARER
+from studies.findings.shared import PAPERS
 from training import train
 
 ROOT = Path(__file__).parents[1]
@@ -29,13 +35,14 @@ def main(
     models: Annotated[Path, typer.Option(help="Folder with stories260K/.")] = ROOT.parent / "shared" / "models",
     out: Annotated[Path, typer.Option(help="Where sweeps are kept.")] = ROOT / "runs" / "findings",
     contexts: Annotated[int, typer.Option(help="Contexts of each model and text.")] = 1000,
-    tokens: Annotated[int, typer.Option(help="Tokens that checkpoints are trained on.")] = 1_500_000,
+    tokens: Annotated[int, typer.Option(help="Tokens that checkpoints are trained on.")] = 1_000_000,
     page: Annotated[Path, typer.Option(help="The page to write; pictures go to images/ beside it.")] = ROOT
     / "docs"
     / "findings.md",
 ) -> None:
     """Run what is missing, and write the page."""
     out.mkdir(parents=True, exist_ok=True)
+    go.Figure().to_image("png")  # needs a browser: better to know before the sweeps are run
     places, counts = Places(data, models, out), {}
     clock = out / "seconds.json"
     seconds: dict[str, float] = json.loads(clock.read_text()) if clock.exists() else {}
@@ -61,11 +68,12 @@ def main(
     seconds.pop("findings", None)  # which are made anew
     sweeps = Sweeps(out)
     found = {letter: of(sweeps) for letter, of in FINDINGS.items()}
-    spent("findings", begun)
-    took = f"It took {sum(seconds.values()) / 60:.0f} minutes on {os.cpu_count()} cores."
     about = {"contexts": f"{contexts:,}", "sweeps": n_sweeps, "prompts": f"{n_prompts:,}", "tokens": f"{tokens:,}"}
-    page.write_text(written(found, page.parent / "images", {**about, "took": took}), encoding="utf-8")
-    typer.echo(f"{page} written. {took}")
+    content = written(found, page.parent / "images", {**about, "took": "$took"})
+    spent("findings", begun)
+    took = f"{sum(seconds.values()) / 60:.0f} minutes on {os.cpu_count()} cores"
+    page.write_text(Template(content).substitute(took=took), encoding="utf-8")
+    typer.echo(f"{page} written. All of it took {took}.")
 
 
 def checkpoints(places: Places, counts: dict[tuple[str, str], Any], tokens: int, n: int) -> int:
@@ -93,8 +101,9 @@ def written(found: Mapping[str, Finding], images: Path, about: Mapping[str, obje
     """The page, its pictures written beside it."""
     images.mkdir(exist_ok=True)
     said: dict[str, object] = {
-        **about, "words": WORDS, "random": RANDOM, "dense": f"{DENSE:.0%}", "sparse": f"{SPARSE:.0%}",
-        "range": RANGE, "nearer": NEARER, "threshold": f"{THRESHOLDS[-1]:g}", "n_books": DOCUMENTS["books"],
+        **about, "words": WORDS, "null": NULL, "dense": f"{DENSE:.0%}", "sparse": f"{SPARSE:.0%}",
+        "range": RANGE, "nearer": NEARER, "threshold": f"{THRESHOLDS[-1]:g}", "ceiling": f"{CEILING:.0%}",
+        "papers": PAPERS,
     }  # fmt: skip
     for letter, each in found.items():
         said |= {f"{letter}_verdict": each.verdict, f"{letter}_table": each.table}

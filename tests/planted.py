@@ -27,6 +27,20 @@ def curve(middle: float, steepness: float = 1.5, n_edges: int = N_EDGES) -> tupl
     return sizes.tolist(), height.tolist()
 
 
+def bent(middle: float) -> tuple[list[int], list[float]]:
+    """Sizes and faithfulness that rise steeply up to 10 ** (middle - 1) of all edges, and less behind."""
+    sizes, _ = curve(middle)
+    x = np.log10(np.maximum(sizes, 0.5) / N_EDGES)
+    return sizes, np.interp(x, [x[0], min(max(middle - 1, -4.5), -0.3), 0.0], [0.0, 0.8, 1.0]).tolist()
+
+
+def straight(middle: float) -> tuple[list[int], list[float]]:
+    """Sizes and faithfulness that rises evenly over log10 of size, from a height that depends on middle."""
+    sizes, _ = curve(middle)
+    x = np.log10(np.maximum(sizes, 0.5) / N_EDGES)
+    return sizes, np.interp(x, [x[0], 0.0], [min(max(0.4 + middle / 10, 0.0), 0.6), 1.0]).tolist()
+
+
 def planted(
     n: int = 200,
     seed: int = 0,
@@ -34,6 +48,7 @@ def planted(
     per_document: int = 4,
     density: Callable[[Mapping[str, np.ndarray], np.random.Generator], np.ndarray] | None = None,
     text_seed: int = 0,
+    shape: Callable[[float], tuple[list[int], list[float]]] = curve,
 ) -> pd.DataFrame:
     """Prompts with covariates that are drawn at random, and a density that may depend on them.
 
@@ -43,6 +58,7 @@ def planted(
         per_document: Prompts of a document.
         density: From covariates to what is the log10 of the share at which faithfulness is one half.
         text_seed: Tables of one such seed have the same texts.
+        shape: Sizes and faithfulness, from that share.
     """
     generator = np.random.default_rng(seed)
     texts = [" ".join(map(str, row)) for row in np.random.default_rng(text_seed).integers(100, 999, size=(n, 12))]
@@ -58,7 +74,7 @@ def planted(
         "n_tokens": np.random.default_rng(text_seed).integers(14, 18, n).astype(float),
     }
     middle = generator.normal(-1.5, 0.4, n) if density is None else density(covariates, generator)
-    curves = [curve(float(each)) for each in middle]
+    curves = [shape(float(each)) for each in middle]
     columns = {column.name: None for column in TABLES["prompts"]} | {
         **covariates,
         "index": np.arange(n),
@@ -72,6 +88,7 @@ def planted(
         "auc": [
             float(np.trapezoid(1 - np.array(heights), np.log10(np.maximum(sizes, 0.5)))) for sizes, heights in curves
         ],
+        "auc_of_edges": [float(np.trapezoid(1 - np.array(each[1:]), np.log10(sizes[1:]))) for sizes, each in curves],
         "n_edges": N_EDGES,
         "from_first": [[size // 5 for size in sizes] for sizes, _ in curves],
         "entered": [generator.integers(1, N_EDGES, 20).tolist() for _ in range(n)],
@@ -85,8 +102,17 @@ def planted(
 COMPONENTS = [f"a0.h{head}" for head in range(18)] + ["r0.attn", "r0.mlp"]
 
 
-def write_sweep(folder: Path, table: pd.DataFrame, thresholds: tuple[float, ...] = (0.5, 0.8, 0.9)) -> None:
-    """The folder of a sweep that has these prompts, with what follows from their curves."""
+def write_sweep(
+    folder: Path, table: pd.DataFrame, thresholds: tuple[float, ...] = (0.5, 0.8, 0.9), shallow: bool = True
+) -> None:
+    """The folder of a sweep that has these prompts, with what follows from their curves.
+
+    Args:
+        folder: The folder.
+        table: The prompts.
+        thresholds: Faithfulnesses of the table of that name.
+        shallow: Whether small circuits predict what is frequent.
+    """
     reached, points = [], []
     for row in table.to_dict("records"):
         keys: dict[str, Any] = {name: row[name] for name in ("index", "id", "document")}
@@ -104,7 +130,7 @@ def write_sweep(folder: Path, table: pd.DataFrame, thresholds: tuple[float, ...]
             height = float(heights[sizes.tolist().index(size)])
             points.append({
                 **keys, "share": share, "size": size, "faithfulness": height, "random": height**3, "top1": height > 0.5,
-                "nucleus": height, "entropy": 2.0, "unigram_tv": 0.3 + 0.5 * height, "by_part": [size, 0, 0],
+                "nucleus": height, "entropy": 2.0, "unigram_tv": 0.3 + 0.5 * height * shallow, "by_part": [size, 0, 0],
                 "by_quarter": [size, 0, 0, 0],
             })  # fmt: skip
     coarse = np.array([np.trapezoid(1 - np.array(each), np.log10(RELATIVE_SIZES)) for each in table["faithfulness"]])

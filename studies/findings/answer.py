@@ -1,0 +1,156 @@
+"""What answers are made of: the tables of all sweeps, intervals, verdicts and the page's tables."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from jaxtyping import Float
+
+import tracedensity as td
+from studies.corpora import NULL, TRAINED
+from tracedensity.plot.theme import COLOURS, percent
+from tracedensity.study.statistics import codes, holm, interval, rank_correlations, resampled
+
+SIGNIFICANT = 0.05
+
+HUES: Mapping[str, str] = {
+    name: COLOURS[hue] for name, hue in zip((*TRAINED, NULL), ("head", "mlp", "circuit", "residual"), strict=True)
+}
+"""The colour of each model."""
+
+_NAMED = 3
+"""So many sweeps are named where a rule holds for some of them."""
+
+Row = dict[str, Any]
+Estimate = tuple[float, float, float]  # and its interval
+Holds = dict[str, dict[str, bool]]  # what was asked, and of which sweep it is so
+
+
+@dataclass(frozen=True)
+class Finding:
+    """An answer.
+
+    Attributes:
+        verdict: What the rule says.
+        table: The numbers, as Markdown.
+        figures: By what they are of; the main one by nothing.
+        also: Other numbers that the page asks for, by name.
+    """
+
+    verdict: str
+    table: str
+    figures: Mapping[str, go.Figure]
+    also: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Sweeps:
+    """The tables of all sweeps.
+
+    Attributes:
+        folder: Where the sweeps are.
+        n_draws: How often documents are resampled.
+    """
+
+    folder: Path
+    n_draws: int = 2000
+
+    @cached_property
+    def trained(self) -> list[str]:
+        """The trained models that were swept."""
+        return [name for name in TRAINED if self.path(name).is_dir()]
+
+    @property
+    def models(self) -> list[str]:
+        """These, and the null control."""
+        return [*self.trained, NULL]
+
+    def path(self, model: str, corpus: str = "wikitext", kind: str = "norm") -> Path:
+        return self.folder / f"{model}-{corpus}-{kind}"
+
+    def prompts(self, model: str, corpus: str = "wikitext", kind: str = "norm", table: str = "prompts") -> Any:
+        return td.read_sweep(self.path(model, corpus, kind), table)
+
+    def interval(self, values: Any, document: Any, of: Callable[[Any], Any]) -> tuple[float, float]:
+        """The interval of a statistic, over documents."""
+        values = np.asarray(values, float)
+        return interval([float(of(values[draw])) for draw in self._draws(document)])
+
+    def correlation(self, both: Float[np.ndarray, "row 2"], document: Any) -> Estimate:
+        again = [float(rank_correlations(both[draw])[0, 1]) for draw in self._draws(document)]
+        return float(rank_correlations(both)[0, 1]), *interval(again)
+
+    def _draws(self, document: Any) -> Iterable[Any]:
+        return resampled(codes(np.asarray(document)), self.n_draws, 0)
+
+
+def of_sweep(model: str, corpus: str) -> str:
+    """What a sweep is called where it is named."""
+    return model if corpus == "wikitext" else f"{model} on {corpus}"
+
+
+def verdict_of(holds: Holds) -> str:
+    """From what was asked, and of which sweeps it is so."""
+    every = [each for where in holds.values() for each in where.values()]
+    if all(every):
+        return "Reproduced"
+    if not any(every):
+        return "Not reproduced"
+    kinds: dict[str, list[str]] = {}
+    for name, where in holds.items():
+        kinds.setdefault(_where(where), []).append(name)
+    return "It depends (" + "; ".join(f"{where}: {', '.join(names)}" for where, names in kinds.items()) + ")"
+
+
+def _where(where: Mapping[str, bool]) -> str:
+    """For which sweeps something is so."""
+    yes, no = ([name for name, each in where.items() if each is wanted] for wanted in (True, False))
+    if not no or not yes:
+        return "no" if no else "yes"
+    if len(yes) <= min(_NAMED, len(no)):
+        return f"only for {' and '.join(yes)}"
+    return f"yes, but for {' and '.join(no)}" if len(no) <= _NAMED else f"in {len(yes)} of {len(where)}"
+
+
+def corrected(found: Iterable[Any], names: Sequence[str]) -> None:
+    """Correct p values for the number of all tests in several tables, in place."""
+    tables = [each.table for each in found]
+    p = [table[name].to_numpy(float) for table in tables for name in names]
+    together = iter(np.split(holm(np.concatenate(p)), np.cumsum([len(each) for each in p])[:-1]))
+    for table in tables:
+        for name in names:
+            table[f"{name}_holm"] = next(together)
+
+
+def table_of(rows: Sequence[Row]) -> str:
+    """Rows as Markdown; all have the same columns."""
+    head = [" | ".join(rows[0]), "|".join(["---"] * len(rows[0]))]
+    return "\n".join(f"| {line} |" for line in [*head, *(" | ".join(map(str, row.values())) for row in rows)])
+
+
+def each_of(models: Iterable[str], said: Callable[[str], str]) -> str:
+    """What is said of each model."""
+    return "; ".join(f"{model} {said(model)}" for model in models)
+
+
+def as_percent(each: Estimate) -> str:
+    return f"{each[0]:.2%} ({each[1]:.2%} to {each[2]:.2%})"
+
+
+def as_number(each: Estimate, form: str = ".2f") -> str:
+    return f"{each[0]:{form}} ({each[1]:{form}} to {each[2]:{form}})"
+
+
+def star(p: float) -> str:
+    """A star for what is significant."""
+    return "*" if p < SIGNIFICANT else ""
+
+
+def shares() -> dict[str, Any]:
+    """A logarithmic axis of shares."""
+    ticks = [10.0**-power for power in range(5)]
+    return {"type": "log", "tickvals": ticks, "ticktext": [percent(each) for each in ticks]}

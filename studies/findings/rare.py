@@ -1,0 +1,43 @@
+"""(d) Do rarer tokens need more?"""
+
+from typing import Any
+
+import tracedensity as td
+from studies.corpora import NULL, THRESHOLDS
+from studies.findings.answer import SIGNIFICANT, Finding, Holds, Row, Sweeps, corrected, of_sweep, table_of, verdict_of
+
+_RARITIES = {
+    "rarity_target": "rarity of the target", "rarity_top": "of the prediction", "rarity_expected": "expected",
+    "entropy": "entropy",
+}  # fmt: skip
+_OUTCOMES = {"area": "area", "fraction": f"share at {THRESHOLDS[-1]:g}"}
+
+
+def rare(sweeps: Sweeps) -> Finding:
+    """Correlations of density with three rarities, plain and given entropy."""
+    rows: list[Row] = []
+    holds: Holds = {}
+    found: dict[tuple[str, str], Any] = {}
+    for model in sweeps.models:
+        for corpus in ("wikitext", "books"):
+            found[model, corpus] = td.study.factors(
+                sweeps.prompts(model, corpus), outcomes=[*_OUTCOMES], threshold=THRESHOLDS[-1],
+                n_bootstrap=sweeps.n_draws,
+            )  # fmt: skip
+    corrected(found.values(), ("p", "partial_p"))
+    for (model, corpus), factors in found.items():
+        known: Any = factors.table.set_index(["outcome", "covariate"])
+        for outcome, called in _OUTCOMES.items():
+            row: Row = {"model": model, "text": corpus, "density": called}
+            for covariate, name in _RARITIES.items():
+                each, said = known.loc[(outcome, covariate)], []
+                for kind, given in (("", ""), ("partial_", " given entropy")):
+                    significant = each[f"{kind}p_holm"] < SIGNIFICANT
+                    above, below = each[f"{kind}low"] > 0, each[f"{kind}high"] < 0
+                    said.append(f"{each[f'{kind}rho']:.2f}" + "*" * bool(significant and (above or below)))
+                    if model != NULL and covariate != "entropy":
+                        where = f"{of_sweep(model, corpus)} by {called}"
+                        holds.setdefault(f"{name}{given}", {})[where] = bool(significant and above)
+                row[name] = ", ".join(said)
+            rows.append(row)
+    return Finding(verdict_of(holds), table_of(rows), {"": next(iter(found.values())).plot("area")}, {})

@@ -1,0 +1,51 @@
+"""(c) Are the same inputs dense for different models?"""
+
+import tracedensity as td
+from studies.corpora import NULL
+from studies.findings.answer import SIGNIFICANT, Finding, Holds, Row, Sweeps, as_number, corrected, table_of, verdict_of
+
+PAPERS = 0.52
+"""The mean correlation of the papers' ten models."""
+
+
+def shared(sweeps: Sweeps) -> Finding:
+    """Correlations of areas between models, plain, given lengths, and given entropies and rarities too."""
+    texts = ("wikitext", "books")
+    tables = {corpus: {model: sweeps.prompts(model, corpus) for model in sweeps.models} for corpus in texts}
+    others = {model: sweeps.prompts(model, kind="flow") for model in sweeps.models}
+    found = {
+        corpus: td.study.compare(
+            tables[corpus], others=others if corpus == "wikitext" else {}, n_bootstrap=sweeps.n_draws
+        )
+        for corpus in texts
+    }
+    corrected(found.values(), ("p", "length_p", "partial_p"))
+    rows: list[Row] = []
+    holds: Holds = {}
+    for corpus, comparison in found.items():
+        for row in comparison.table.to_dict("records"):
+            plain, length, partial = (
+                (row[f"{kind}rho"], row[f"{kind}low"], row[f"{kind}high"]) for kind in ("", "length_", "partial_")
+            )
+            pair = f"{row['a']}, {row['b']}"
+            rows.append({
+                "models": pair, "text": corpus, "correlation": as_number(plain),
+                "given lengths": as_number(length), "its p": f"{row['length_p_holm']:.2g}",
+                "given entropies and rarities too": as_number(partial), "p of that": f"{row['partial_p_holm']:.2g}",
+                "ceiling": f"{row['ceiling_low']:.2f} to {row['ceiling_high']:.2f}", "contexts": row["n"],
+            })  # fmt: skip
+            if NULL not in (row["a"], row["b"]):
+                where = f"{row['a']} with {row['b']}" + " on books" * (corpus == "books")
+                for name, kind in (("given lengths", "length"), ("beyond entropy and rarity", "partial")):
+                    significant = row[f"{kind}_low"] > 0 and row[f"{kind}_p_holm"] < SIGNIFICANT
+                    holds.setdefault(name, {})[where] = significant
+    trained = {
+        corpus: td.study.compare(
+            {model: tables[corpus][model] for model in sweeps.trained}, n_bootstrap=sweeps.n_draws, n_permutations=0
+        )
+        for corpus in texts
+    }
+    means = {corpus: as_number((each.mean, each.low, each.high)) for corpus, each in trained.items()}
+    average = sum(each.mean for each in trained.values()) / len(trained)
+    verdict = f"{verdict_of(holds)}; {average:.2f} on average, the papers' {PAPERS}"
+    return Finding(verdict, table_of(rows), {"": found["wikitext"].plot()}, means)
