@@ -1,5 +1,6 @@
 """What density goes with, on tables of which the answer is known, and against nulls."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from sklearn.preprocessing import StandardScaler
 
 import tracedensity as td
 from tracedensity.evaluation import RELATIVE_SIZES
+from tracedensity.model import as_transformer
 from tracedensity.study.bisection import bisected
 from tracedensity.study.counts import Counts
 from tracedensity.study.covariates import NUMERIC, OUTCOMES, SIZES, known_outcomes, outcome_of, with_covariates
@@ -106,6 +108,126 @@ def test_rarities_can_be_had_afterwards_from_counts_and_the_model():
         assert found["kl_unigram"][number] == pytest.approx(kl, abs=1e-3)
     with pytest.raises(ValueError, match="tokens of this sweep"):
         with_covariates(table, counts=Counts(np.ones(2, dtype=np.int64), "few"))
+
+
+def test_rarities_of_other_counts_and_of_other_models_are_refused():
+    table = planted(3)
+    own, other = (Counts(np.full(4096, each), name) for each, name in ((1, "own"), (2, "other")))
+    table.attrs["sweep"] = {"counts": {"name": "own", "digest": own.digest}}
+    rarity = table["rarity_top"].tolist()
+    assert with_covariates(table, counts=own)["rarity_top"].tolist() == rarity
+    for study in (with_covariates, td.study.factors, td.study.shap_values):
+        with pytest.raises(ValueError, match=f"'own' \\({own.digest}\\), got those of 'other'"):
+            study(table, counts=other)
+    with pytest.raises(ValueError, match="`model` must come with `counts`"):
+        with_covariates(table, model=td.load_model())
+    table.attrs = {}
+    with pytest.raises(ValueError, match="of the counts of others"):
+        with_covariates(table, counts=own)
+    table[["rarity_target", "rarity_top"]] = np.nan
+    table["target"], table["top_token"] = 3, 4
+    counted = with_covariates(table, counts=own)
+    with pytest.raises(ValueError, match="of the counts of 'own'"):
+        with_covariates(counted, counts=other)
+    table["fingerprint"] = "0123456789abcdef"
+    with pytest.raises(ValueError, match="`model` must be that of the sweep, with the fingerprint 0123456789abcdef"):
+        with_covariates(table, counts=own, model=td.load_model())
+    table["fingerprint"] = as_transformer(td.load_model()).fingerprint()
+    with pytest.raises(ValueError, match="`counts` must be of the model's own tokens, 4096, got 10"):
+        with_covariates(table, counts=Counts(np.ones(10, dtype=np.int64), "few"), model=td.load_model())
+    table["tokens"] = [np.array(each) for each in table["tokens"]]
+    for each in table["tokens"]:
+        each.setflags(write=False)  # as a table that was read has them
+    assert with_covariates(table, counts=own, model=td.load_model())["rarity_expected"].notna().all()
+
+
+# -- what cannot be asked ----------------------------------------------------------------------------
+
+
+STUDIES: dict[str, Any] = {
+    "factors": td.study.factors,
+    "shap": lambda table, **options: td.study.shap_values(table, **options),
+    "lengths": lambda table, **options: td.study.lengths(table, **options),
+    "compare": lambda table, **options: td.study.compare({"a": table, "b": table}, **options),
+    "trend": lambda table, **options: td.study.trend({"a": table, "b": table}, **options),
+    "thresholds": lambda table, **options: td.study.thresholds(table, **options),
+}
+
+
+@pytest.mark.parametrize(
+    ("study", "columns"),
+    [
+        ("factors", ["document", "domain", "n_tokens", "text", "tokens"]),
+        ("shap", ["document", "domain", "n_tokens", "text", "tokens"]),
+        ("lengths", ["id", "document", "group", "n_tokens"]),
+        ("compare", ["text_hash", "document", "n_tokens", "entropy", "rarity_target", "rarity_top"]),
+        ("trend", ["text_hash", "document", "entropy", "n_tokens"]),
+        ("thresholds", ["document", "n_edges"]),
+    ],
+)
+def test_columns_that_a_study_needs_are_named_where_they_are_missing(study, columns):
+    table = planted(5)
+    for column in columns:
+        with pytest.raises(ValueError, match=rf"must be the prompts of a sweep.* without the columns \['{column}'\]"):
+            STUDIES[study](table.drop(columns=column))
+    with pytest.raises(ValueError, match=re.escape(f"without the columns {columns}")):
+        STUDIES[study](table.drop(columns=columns))
+
+
+@pytest.mark.parametrize(("outcome", "column"), [("auc", "auc"), ("component_share", "entered"), ("size", "sizes")])
+def test_columns_of_an_outcome_are_named_where_they_are_missing(outcome, column):
+    with pytest.raises(ValueError, match=f"without the columns \\['{column}'\\]"):
+        td.study.factors(planted(5).drop(columns=column), outcomes=(outcome,))
+
+
+@pytest.mark.parametrize("study", ["factors", "lengths"])
+@pytest.mark.parametrize("outcomes", ["area", ()])
+def test_outcomes_are_one_or_more_names(study, outcomes):
+    with pytest.raises(ValueError, match=r"`outcomes` must be one or more of \['area'.*, such as \('area',\), got"):
+        STUDIES[study](nested(0.1) if study == "lengths" else planted(5), outcomes=outcomes)
+
+
+@pytest.mark.parametrize(
+    ("study", "options"),
+    [
+        ("factors", ["n_bootstrap", "n_permutations"]),
+        ("lengths", ["n_bootstrap", "n_permutations"]),
+        ("compare", ["n_bootstrap", "n_permutations"]),
+        ("trend", ["n_bootstrap", "n_permutations"]),
+        ("shap", ["n_bootstrap", "n_null"]),
+    ],
+)
+def test_nothing_is_drawn_less_than_never(study, options):
+    for option in options:
+        with pytest.raises(ValueError, match=f"`{option}` must be at least 0, got -1."):
+            STUDIES[study](planted(5), **{option: -1})
+
+
+def test_one_prompt_goes_with_nothing():
+    for study, words in {
+        "factors": "at least 3 prompts that differ",
+        "shap": "covariates are known and differ",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            STUDIES[study](planted(1))
+    alike = planted(1).loc[[0] * 5].reset_index(drop=True)
+    with pytest.raises(ValueError, match="got 5 of which 0 covariates differ"):
+        td.study.factors(alike)
+
+
+def test_what_a_regression_cannot_be_made_of_is_refused():
+    table = planted(20)
+    with pytest.raises(ValueError, match=r"`n_folds` must be at least 2.*, got 1"):
+        td.study.shap_values(table, n_folds=1)
+    table["auc"] = 3.25
+    with pytest.raises(ValueError, match=r"`outcome` must differ between prompts, got 3\.25 of 'auc' for all"):
+        td.study.shap_values(table, outcome="auc")
+
+
+def test_an_error_hides_no_outcome():
+    table = planted(20)
+    table.loc[0, ["error", "from_first"]] = ["too long", None]
+    assert "later_fraction" in set(td.study.factors(table, **FEW).table["outcome"])
 
 
 # -- factors -----------------------------------------------------------------------------------------
@@ -264,15 +386,19 @@ def test_models_that_share_a_cause_correlate_and_others_do_not():
     assert table.loc[("a", "b"), "true_low"] <= table.loc[("a", "b"), "true_high"]
 
 
+def owed(covariate: str, values: np.ndarray, slope: float, seed: int) -> pd.DataFrame:
+    """Prompts whose density is owed to one covariate, which is the same for every seed, and to some noise."""
+    n = len(values)
+    table = planted(n, seed, density=lambda _, generator: slope * values - 2.5 + 0.05 * generator.normal(size=n))
+    table[covariate] = values
+    return table
+
+
 def test_what_entropy_explains_is_not_left_over():
     common = np.random.default_rng(5).gamma(4, 1, 150)
 
-    def of(seed: int) -> pd.DataFrame:
-        table = planted(150, seed, density=lambda _, generator: 0.2 * common - 2.5 + 0.05 * generator.normal(size=150))
-        table["entropy"] = common
-        return table
-
-    row = td.study.compare({"a": of(1), "b": of(2)}, **FEW).table.iloc[0]
+    tables = {name: owed("entropy", common, 0.2, seed) for seed, name in enumerate("ab", 1)}
+    row = td.study.compare(tables, **FEW).table.iloc[0]
     assert row["rho"] > 0.8 and abs(row["partial_rho"]) < 0.3 and row["partial_low"] < 0.2
 
 
@@ -326,12 +452,8 @@ def test_controls_that_some_inputs_lack_cost_these_inputs_and_are_named():
 def test_what_lengths_explain_is_not_left_over():
     length = np.random.default_rng(3).integers(10, 60, 150)
 
-    def of(seed: int) -> pd.DataFrame:
-        table = planted(150, seed, density=lambda _, generator: 0.03 * length - 2.5 + 0.1 * generator.normal(size=150))
-        table["n_tokens"] = length
-        return table
-
-    row = td.study.compare({"a": of(1), "b": of(2)}, **FEW).table.iloc[0]
+    tables = {name: owed("n_tokens", length, 0.03, seed) for seed, name in enumerate("ab", 1)}
+    row = td.study.compare(tables, **FEW).table.iloc[0]
     assert row["rho"] > 0.8 and abs(row["length_rho"]) < 0.3
     assert row["length_p_holm"] > 0.01
 

@@ -11,6 +11,7 @@ from pandas import DataFrame
 
 from tracedensity.evaluation import RELATIVE_SIZES
 from tracedensity.extras import extra
+from tracedensity.study.covariates import require_draws
 from tracedensity.study.folder import read_sweep
 from tracedensity.study.grid import on_grid
 from tracedensity.study.knees import segments
@@ -92,7 +93,12 @@ class Contents:
 
 
 def contents(
-    path: str | PathLike[str], *, share: float | int = 0.01, n_bootstrap: int = 500, n_null: int = 1000, seed: int = 0
+    path: str | PathLike[str] | object,
+    *,
+    share: float | int = 0.01,
+    n_bootstrap: int = 500,
+    n_null: int = 1000,
+    seed: int = 0,
 ) -> Contents:
     """What the circuits of a sweep hold, size by size.
 
@@ -106,8 +112,14 @@ def contents(
     Raises:
         ValueError: If it is no sweep, or `share` is not above 0 and at most 1.
     """
+    if not isinstance(path, str | PathLike):
+        raise ValueError(
+            f"`path` must be the folder of a sweep, got a {type(path).__name__}: what circuits hold is in more tables "
+            "than that of its prompts."
+        )
     if not 0 < share <= 1:
         raise ValueError(f"`share` must be above 0 and at most 1, got {share}.")
+    require_draws(n_bootstrap=n_bootstrap, n_null=n_null)
     every: Any = read_sweep(path)
     prompts = every[every["error"].isna()].reset_index(drop=True)
     if not len(prompts):
