@@ -23,6 +23,13 @@ if TYPE_CHECKING:
     from tracedensity.plot import Theme
 
 
+_MEASURED = ("faithfulness", "random", "inverse", "top1", "nucleus", "entropy", "unigram_tv")
+"""Columns of points whose means are of interest."""
+
+_NAMED = 5
+"""So many components are named that come most often."""
+
+
 @dataclass(frozen=True, eq=False)
 class Phases:
     """Whether the mean curve of faithfulness over log10 of size has a break.
@@ -79,7 +86,9 @@ class Contents:
 
     def __str__(self) -> str:
         table: Any = self.by_size
-        lines = [f"{self.n} prompts", table.to_string(index=False, float_format="{:.3g}".format)]
+        shown = [name for name in table.columns if name in ("share", *_MEASURED) or name.startswith("part=")]
+        narrow = table[shown].rename(columns=lambda name: name.removeprefix("part="))
+        lines = [f"{self.n} prompts", narrow.to_string(index=False, float_format="{:.3g}".format), self._recurrence()]
         for name, phases in self.phases.items():
             if phases.break_at is None:
                 lines.append(f"{name}: no break")
@@ -90,6 +99,19 @@ class Contents:
                     f"{phases.slopes[-1]:.2f} behind"
                 )
         return "\n".join(lines)
+
+    def _recurrence(self) -> str:
+        rows: Any = self.recurrence
+        sure = rows["p_holm"] < 0.05
+        more, less = ((sure & (sign * (rows["often"] - rows["expected"]) > 0)).sum() for sign in (1, -1))
+        first = rows.sort_values("often", ascending=False, kind="stable").head(_NAMED)
+        named = ", ".join(f"{name} {often:.0%}" for name, often in zip(first["component"], first["often"], strict=True))
+        return (
+            f"components in circuits of {self.share:g} of all edges: how often each comes has a variance of "
+            f"{self.spread:.3g} ({self.null_spread:.3g} by chance)\n"
+            f"{more} of {len(rows)} come more often than the {rows['expected'].mean():.0%} expected by chance, {less} "
+            f"less often (p < 0.05, Holm); most often {named}"
+        )
 
 
 def contents(
@@ -138,7 +160,7 @@ def contents(
 def _by_size(prompts: Any, points: Any, draws: list[np.ndarray]) -> DataFrame:
     n = len(prompts)
     rows: list[dict[str, float]] = [{"share": share} for share in RELATIVE_SIZES]
-    for name in ("faithfulness", "random", "inverse", "top1", "nucleus", "entropy", "unigram_tv"):
+    for name in _MEASURED:
         values = _filled(points[name].to_numpy(float).reshape(n, -1), points["size"].to_numpy(float).reshape(n, -1))
         for number, column in enumerate(values.T):
             if np.isfinite(column).all():
