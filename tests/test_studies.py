@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from planted import N_EDGES, curve, planted
-from scipy.stats import kstest, spearmanr
+from scipy.stats import bootstrap, kstest, spearmanr
+from sklearn.inspection import permutation_importance
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
@@ -21,7 +22,7 @@ from tracedensity.study.counts import Counts
 from tracedensity.study.covariates import NUMERIC, OUTCOMES, SIZES, known_outcomes, outcome_of, with_covariates
 from tracedensity.study.grid import half_areas
 from tracedensity.study.knees import knee, segments
-from tracedensity.study.statistics import codes
+from tracedensity.study.statistics import codes, interval, resampled
 
 FEW: dict[str, Any] = {"n_bootstrap": 50, "n_permutations": 200}
 
@@ -292,6 +293,28 @@ def test_p_of_factors_is_uniform_on_shuffled_data():
         found.append(rows.set_index("covariate").loc["rarity_top", ["p", "partial_p"]].to_numpy(float))
     for p in np.array(found).T:
         assert kstest(p, "uniform").pvalue > 0.01
+
+
+def test_p_of_factors_with_their_controls_is_small_in_five_of_a_hundred():
+    """Of shuffled densities, not fewer: p values that are too large hide what is there."""
+    table = planted(80, per_document=1)
+    table["text"], table["tokens"] = "the same", [[1, 2]] * 80  # few covariates, which is faster
+    table = table.drop(columns=["surprisal", "rarity_expected", "kl_unigram", "margin", "top_probability"])
+    n_small = np.zeros(2)
+    for seed in range(500):
+        table["auc"] = np.random.default_rng(seed).permutation(table["auc"])
+        found = td.study.factors(table, outcomes=("auc",), n_bootstrap=0, n_permutations=199, seed=seed)
+        row: Any = found.table.set_index("covariate").loc["rarity_top"]
+        assert row["controls"] == "entropy, rarity_target, n_tokens"
+        n_small += row[["p", "partial_p"]].to_numpy(float) <= 0.05
+    assert 0.03 <= min(n_small / 500) <= max(n_small / 500) <= 0.07
+
+
+def test_intervals_of_means_are_those_of_scipy():
+    y = np.random.default_rng(0).gamma(2, 1, 60)
+    ours = interval([y[rows].mean() for rows in resampled(np.arange(60), 20_000, 0)])
+    theirs = bootstrap((y,), np.mean, method="percentile", n_resamples=20_000, rng=1).confidence_interval
+    assert ours == pytest.approx((theirs.low, theirs.high), abs=0.02)  # of a width of about 0.6
 
 
 # -- lengths -----------------------------------------------------------------------------------------
@@ -629,6 +652,36 @@ def test_values_are_those_of_a_linear_model_by_its_formula(explained):
         ridge = Ridge(alpha=10.0).fit(scaler.transform(x[train]), y[train])
         expected = ridge.coef_ * (scaler.transform(x[test]) - scaler.transform(x[train]).mean(0))
         np.testing.assert_allclose(explained.values.to_numpy(float)[test], expected, atol=1e-9)
+
+
+def test_importances_are_those_of_scikit_learn(explained):
+    """What is lost by exchanging a covariate, from its own function; by leaving it out, from other regressions."""
+    table = planted(160, density=by_rarity)
+    x, y = explained.covariates.to_numpy(float), outcome_of(table, "area")
+    groups = codes(table["document"].to_numpy())
+    model, total = make_pipeline(StandardScaler(), Ridge(alpha=10.0)), np.square(y - y.mean()).sum()
+    lost = np.zeros(x.shape[1])
+    for train, test in GroupKFold(5).split(x, y, groups):
+        found = permutation_importance(
+            model.fit(x[train], y[train]), x[test], y[test], scoring="neg_mean_squared_error", n_repeats=100,
+            random_state=0,
+        )  # fmt: skip
+        lost += len(test) * found.importances_mean / total
+    rows = explained.table.set_index("covariate")
+    for number, name in enumerate(explained.covariates.columns):
+        # 5 draws here, 100 there
+        assert rows["permutation"][name] == pytest.approx(lost[number], abs=0.02 + 0.1 * abs(lost[number]))
+        others = cross_val_predict(model, np.delete(x, number, axis=1), y, cv=GroupKFold(5), groups=groups)
+        without = 1 - np.square(y - others).sum() / total
+        assert rows["drop"][name] == pytest.approx(explained.r2 - without, abs=1e-9)
+
+
+def test_a_lone_covariate_is_worth_all():
+    table = planted(60, density=by_rarity)
+    table["text"], table["tokens"], table["n_tokens"] = "the same", [[1, 2]] * 60, 2
+    table[[name for name in NUMERIC if name in table.columns and name not in ("rarity_target", "n_tokens")]] = 1.0
+    found = td.study.shap_values(table, regressor="ridge", n_null=5, n_bootstrap=5)
+    assert found.table["drop"].tolist() == [found.r2] and found.groups["r2"].tolist() == pytest.approx([found.r2])
 
 
 def test_figures_of_shapley_values_show_every_prompt(explained):
