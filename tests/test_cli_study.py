@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from planted import planted
+from planted import planted, write_sweep
 from tokenizers import Tokenizer
 
 import tracedensity as td
@@ -61,8 +61,9 @@ def test_tables_can_be_had_as_one_file(suffix, table, folder, tmp_path, capsys):
     [
         (["factors", "--outcome", "auc", "--permutations", "50"], "gzip_ratio", 1),
         (["lengths", "--permutations", "50"], "falls", 1),
+        (["lengths", "--outcome", "size", "--permutations", "50"], "size", 1),
         (["thresholds"], "segments", 1),
-        (["contents", "--share", "0.05"], "part=heads", 5),
+        (["contents", "--share", "0.05"], "skip connections", 5),
     ],
 )
 def test_each_study_prints_a_table_and_writes_figures(arguments, words, n_figures, folder, tmp_path, capsys):
@@ -150,6 +151,63 @@ def test_what_is_no_sweep_is_one_sentence(tmp_path, capsys):
 def test_counts_need_a_model_whose_tokens_they_are(folder, capsys):
     assert main(["study", "factors", str(folder / "out"), "--counts", str(folder / "tales.txt")]) == 2
     assert "`--counts` must come with `--model`" in capsys.readouterr().err
+
+
+def test_counts_of_other_texts_and_other_models_are_refused(folder, tmp_path, capsys):
+    (tmp_path / "other.txt").write_text("Another text.")
+    for study in ("factors", "shap"):
+        command = ["study", study, str(folder / "out")]
+        assert main([*command, "--model", "books-gpt2"]) == 2
+        assert "`--model` must come with `--counts`" in capsys.readouterr().err
+        asked = [*command, "--counts", str(tmp_path / "other.txt"), "--model", "books-gpt2"]
+        assert main(asked) == 2
+        assert "rarities are known of the counts of 'tales.txt'" in capsys.readouterr().err
+        # the same counts are no news, but the model is another
+        assert main([*command, "--counts", str(folder / "tales.txt"), "--model", "books-llama"]) == 2
+        assert "`model` must be that of the sweep" in capsys.readouterr().err
+    own = ["--counts", str(folder / "tales.txt"), "--model", "books-gpt2", "--permutations", "20", "--bootstrap", "5"]
+    assert main(["study", "factors", str(folder / "out"), *own]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--bootstrap", "--permutations", "--null"])
+def test_nothing_is_drawn_less_than_never(option, folder, capsys):
+    studies = {"--bootstrap": ["factors", "thresholds", "shap", "contents"], "--permutations": ["factors", "lengths"]}
+    for study in studies.get(option, ["shap"]):
+        assert main(["study", study, str(folder / "out"), option, "-1"]) == 2
+        assert f"'{option}': Input should be greater than or equal to 0" in capsys.readouterr().err
+
+
+def test_contents_tell_of_components_and_write_them(folder, tmp_path, capsys):
+    csv = tmp_path / "components.csv"
+    few = ["--bootstrap", "5", "--share", "0.05", "--table", "recurrence", "--csv", str(csv)]
+    assert main(["study", "contents", str(folder / "out"), *few]) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    rows = pd.read_csv(csv)
+    sure = rows[rows["p_holm"] < 0.05]
+    more, less = (sure["often"] > sure["expected"]).sum(), (sure["often"] < sure["expected"]).sum()
+    assert f"{more} of {len(rows)} come more often" in said and f"{less} less often" in said
+    first = rows.sort_values("often", ascending=False, kind="stable").iloc[0]
+    assert f"most often {first['component']} {first['often']:.0%}, " in said
+    table = said.splitlines()[1:30]
+    assert max(map(len, table)) < 120 and "_low" not in table[0]
+
+
+def test_shapley_values_say_how_far_they_are_and_write_groups(tmp_path, capsys):
+    (tmp_path / "sweep").mkdir()
+    write_sweep(tmp_path / "sweep", planted(60, density=lambda known, _: 0.4 * known["rarity_target"] - 2.5))
+    csv = tmp_path / "groups.csv"
+    few = ["--regressor", "ridge", "--null", "3", "--folds", "2", "--bootstrap", "5"]
+    command = ["study", "shap", str(tmp_path / "sweep"), *few]
+    assert main([*command, "--table", "groups", "--csv", str(csv)]) == 0, capsys.readouterr().err
+    assert not capsys.readouterr().err  # no bar where nobody looks
+    assert pd.read_csv(csv)["group"][0] == "rarity"
+    assert main([*command, "--csv", str(csv)]) == 0
+    assert pd.read_csv(csv)["covariate"][0] == "rarity_target"
+    table = td.read_sweep(tmp_path / "sweep")
+    td.study.shap_values(table, regressor="ridge", n_null=3, n_folds=2, n_bootstrap=5, progress=True)
+    assert "100%" in capsys.readouterr().err
+    assert main([*command[:3], "--folds", "1"]) == 2
+    assert "`n_folds` must be at least 2" in capsys.readouterr().err
 
 
 def test_every_figure_of_a_study_can_be_drawn_light_and_dark():

@@ -104,3 +104,7 @@ def test_shares_are_those_of_the_tables(graph: str, tiny_gpt2, tmp_path: Path):
     assert found.recurrence["component"][0] == {"token": "a0.h0", "component": "input"}[graph]
     with pytest.raises(ValueError, match="`share` must be above 0"):
         td.study.contents(tmp_path / "a", share=0)
+    with pytest.raises(ValueError, match="`n_null` must be at least 0, got -1"):
+        td.study.contents(tmp_path / "a", n_null=-1)
+    with pytest.raises(ValueError, match="`path` must be the folder of a sweep, got a DataFrame"):
+        td.study.contents(prompts)

@@ -1,25 +1,29 @@
 """What density goes with, on tables of which the answer is known, and against nulls."""
 
-from typing import Any
+import re
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
 import pytest
 from planted import N_EDGES, curve, planted
-from scipy.stats import kstest, spearmanr
+from scipy.stats import bootstrap, kstest, spearmanr
+from sklearn.inspection import permutation_importance
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import tracedensity as td
+from tracedensity.choices import Outcome
 from tracedensity.evaluation import RELATIVE_SIZES
+from tracedensity.model import as_transformer
 from tracedensity.study.bisection import bisected
 from tracedensity.study.counts import Counts
 from tracedensity.study.covariates import NUMERIC, OUTCOMES, SIZES, known_outcomes, outcome_of, with_covariates
 from tracedensity.study.grid import half_areas
 from tracedensity.study.knees import _by_segments, knee, segments
-from tracedensity.study.statistics import codes
+from tracedensity.study.statistics import codes, interval, resampled
 
 FEW: dict[str, Any] = {"n_bootstrap": 50, "n_permutations": 200}
 
@@ -30,6 +34,10 @@ def by_rarity(covariates: Any, generator: np.random.Generator) -> np.ndarray:
 
 
 # -- covariates --------------------------------------------------------------------------------------
+
+
+def test_the_command_line_has_all_outcomes():
+    assert set(get_args(Outcome)) == set(OUTCOMES)
 
 
 def test_covariates_of_texts_and_tokens_by_hand():
@@ -108,6 +116,126 @@ def test_rarities_can_be_had_afterwards_from_counts_and_the_model():
         with_covariates(table, counts=Counts(np.ones(2, dtype=np.int64), "few"))
 
 
+def test_rarities_of_other_counts_and_of_other_models_are_refused():
+    table = planted(3)
+    own, other = (Counts(np.full(4096, each), name) for each, name in ((1, "own"), (2, "other")))
+    table.attrs["sweep"] = {"counts": {"name": "own", "digest": own.digest}}
+    rarity = table["rarity_top"].tolist()
+    assert with_covariates(table, counts=own)["rarity_top"].tolist() == rarity
+    for study in (with_covariates, td.study.factors, td.study.shap_values):
+        with pytest.raises(ValueError, match=f"'own' \\({own.digest}\\), got those of 'other'"):
+            study(table, counts=other)
+    with pytest.raises(ValueError, match="`model` must come with `counts`"):
+        with_covariates(table, model=td.load_model())
+    table.attrs = {}
+    with pytest.raises(ValueError, match="of the counts of others"):
+        with_covariates(table, counts=own)
+    table[["rarity_target", "rarity_top"]] = np.nan
+    table["target"], table["top_token"] = 3, 4
+    counted = with_covariates(table, counts=own)
+    with pytest.raises(ValueError, match="of the counts of 'own'"):
+        with_covariates(counted, counts=other)
+    table["fingerprint"] = "0123456789abcdef"
+    with pytest.raises(ValueError, match="`model` must be that of the sweep, with the fingerprint 0123456789abcdef"):
+        with_covariates(table, counts=own, model=td.load_model())
+    table["fingerprint"] = as_transformer(td.load_model()).fingerprint()
+    with pytest.raises(ValueError, match="`counts` must be of the model's own tokens, 4096, got 10"):
+        with_covariates(table, counts=Counts(np.ones(10, dtype=np.int64), "few"), model=td.load_model())
+    table["tokens"] = [np.array(each) for each in table["tokens"]]
+    for each in table["tokens"]:
+        each.setflags(write=False)  # as a table that was read has them
+    assert with_covariates(table, counts=own, model=td.load_model())["rarity_expected"].notna().all()
+
+
+# -- what cannot be asked ----------------------------------------------------------------------------
+
+
+STUDIES: dict[str, Any] = {
+    "factors": td.study.factors,
+    "shap": lambda table, **options: td.study.shap_values(table, **options),
+    "lengths": lambda table, **options: td.study.lengths(table, **options),
+    "compare": lambda table, **options: td.study.compare({"a": table, "b": table}, **options),
+    "trend": lambda table, **options: td.study.trend({"a": table, "b": table}, **options),
+    "thresholds": lambda table, **options: td.study.thresholds(table, **options),
+}
+
+
+@pytest.mark.parametrize(
+    ("study", "columns"),
+    [
+        ("factors", ["document", "domain", "n_tokens", "text", "tokens"]),
+        ("shap", ["document", "domain", "n_tokens", "text", "tokens"]),
+        ("lengths", ["id", "document", "group", "n_tokens"]),
+        ("compare", ["text_hash", "document", "n_tokens", "entropy", "rarity_target", "rarity_top"]),
+        ("trend", ["text_hash", "document", "entropy", "n_tokens"]),
+        ("thresholds", ["document", "n_edges"]),
+    ],
+)
+def test_columns_that_a_study_needs_are_named_where_they_are_missing(study, columns):
+    table = planted(5)
+    for column in columns:
+        with pytest.raises(ValueError, match=rf"must be the prompts of a sweep.* without the columns \['{column}'\]"):
+            STUDIES[study](table.drop(columns=column))
+    with pytest.raises(ValueError, match=re.escape(f"without the columns {columns}")):
+        STUDIES[study](table.drop(columns=columns))
+
+
+@pytest.mark.parametrize(("outcome", "column"), [("auc", "auc"), ("component_share", "entered"), ("size", "sizes")])
+def test_columns_of_an_outcome_are_named_where_they_are_missing(outcome, column):
+    with pytest.raises(ValueError, match=f"without the columns \\['{column}'\\]"):
+        td.study.factors(planted(5).drop(columns=column), outcomes=(outcome,))
+
+
+@pytest.mark.parametrize("study", ["factors", "lengths"])
+@pytest.mark.parametrize("outcomes", ["area", ()])
+def test_outcomes_are_one_or_more_names(study, outcomes):
+    with pytest.raises(ValueError, match=r"`outcomes` must be one or more of \['area'.*, such as \('area',\), got"):
+        STUDIES[study](nested(0.1) if study == "lengths" else planted(5), outcomes=outcomes)
+
+
+@pytest.mark.parametrize(
+    ("study", "options"),
+    [
+        ("factors", ["n_bootstrap", "n_permutations"]),
+        ("lengths", ["n_bootstrap", "n_permutations"]),
+        ("compare", ["n_bootstrap", "n_permutations"]),
+        ("trend", ["n_bootstrap", "n_permutations"]),
+        ("shap", ["n_bootstrap", "n_null"]),
+    ],
+)
+def test_nothing_is_drawn_less_than_never(study, options):
+    for option in options:
+        with pytest.raises(ValueError, match=f"`{option}` must be at least 0, got -1."):
+            STUDIES[study](planted(5), **{option: -1})
+
+
+def test_one_prompt_goes_with_nothing():
+    for study, words in {
+        "factors": "at least 3 prompts that differ",
+        "shap": "covariates are known and differ",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            STUDIES[study](planted(1))
+    alike = planted(1).loc[[0] * 5].reset_index(drop=True)
+    with pytest.raises(ValueError, match="got 5 of which 0 covariates differ"):
+        td.study.factors(alike)
+
+
+def test_what_a_regression_cannot_be_made_of_is_refused():
+    table = planted(20)
+    with pytest.raises(ValueError, match=r"`n_folds` must be at least 2.*, got 1"):
+        td.study.shap_values(table, n_folds=1)
+    table["auc"] = 3.25
+    with pytest.raises(ValueError, match=r"`outcome` must differ between prompts, got 3\.25 of 'auc' for all"):
+        td.study.shap_values(table, outcome="auc")
+
+
+def test_an_error_hides_no_outcome():
+    table = planted(20)
+    table.loc[0, ["error", "from_first"]] = ["too long", None]
+    assert "later_fraction" in set(td.study.factors(table, **FEW).table["outcome"])
+
+
 # -- factors -----------------------------------------------------------------------------------------
 
 
@@ -170,6 +298,28 @@ def test_p_of_factors_is_uniform_on_shuffled_data():
         found.append(rows.set_index("covariate").loc["rarity_top", ["p", "partial_p"]].to_numpy(float))
     for p in np.array(found).T:
         assert kstest(p, "uniform").pvalue > 0.01
+
+
+def test_p_of_factors_with_their_controls_is_small_in_five_of_a_hundred():
+    """Of shuffled densities, not fewer: p values that are too large hide what is there."""
+    table = planted(80, per_document=1)
+    table["text"], table["tokens"] = "the same", [[1, 2]] * 80  # few covariates, which is faster
+    table = table.drop(columns=["surprisal", "rarity_expected", "kl_unigram", "margin", "top_probability"])
+    n_small = np.zeros(2)
+    for seed in range(500):
+        table["auc"] = np.random.default_rng(seed).permutation(table["auc"])
+        found = td.study.factors(table, outcomes=("auc",), n_bootstrap=0, n_permutations=199, seed=seed)
+        row: Any = found.table.set_index("covariate").loc["rarity_top"]
+        assert row["controls"] == "entropy, rarity_target, n_tokens"
+        n_small += row[["p", "partial_p"]].to_numpy(float) <= 0.05
+    assert 0.03 <= min(n_small / 500) <= max(n_small / 500) <= 0.07
+
+
+def test_intervals_of_means_are_those_of_scipy():
+    y = np.random.default_rng(0).gamma(2, 1, 60)
+    ours = interval([y[rows].mean() for rows in resampled(np.arange(60), 20_000, 0)])
+    theirs = bootstrap((y,), np.mean, method="percentile", n_resamples=20_000, rng=1).confidence_interval
+    assert ours == pytest.approx((theirs.low, theirs.high), abs=0.02)  # of a width of about 0.6
 
 
 # -- lengths -----------------------------------------------------------------------------------------
@@ -264,15 +414,19 @@ def test_models_that_share_a_cause_correlate_and_others_do_not():
     assert table.loc[("a", "b"), "true_low"] <= table.loc[("a", "b"), "true_high"]
 
 
+def owed(covariate: str, values: np.ndarray, slope: float, seed: int) -> pd.DataFrame:
+    """Prompts whose density is owed to one covariate, which is the same for every seed, and to some noise."""
+    n = len(values)
+    table = planted(n, seed, density=lambda _, generator: slope * values - 2.5 + 0.05 * generator.normal(size=n))
+    table[covariate] = values
+    return table
+
+
 def test_what_entropy_explains_is_not_left_over():
     common = np.random.default_rng(5).gamma(4, 1, 150)
 
-    def of(seed: int) -> pd.DataFrame:
-        table = planted(150, seed, density=lambda _, generator: 0.2 * common - 2.5 + 0.05 * generator.normal(size=150))
-        table["entropy"] = common
-        return table
-
-    row = td.study.compare({"a": of(1), "b": of(2)}, **FEW).table.iloc[0]
+    tables = {name: owed("entropy", common, 0.2, seed) for seed, name in enumerate("ab", 1)}
+    row = td.study.compare(tables, **FEW).table.iloc[0]
     assert row["rho"] > 0.8 and abs(row["partial_rho"]) < 0.3 and row["partial_low"] < 0.2
 
 
@@ -326,12 +480,8 @@ def test_controls_that_some_inputs_lack_cost_these_inputs_and_are_named():
 def test_what_lengths_explain_is_not_left_over():
     length = np.random.default_rng(3).integers(10, 60, 150)
 
-    def of(seed: int) -> pd.DataFrame:
-        table = planted(150, seed, density=lambda _, generator: 0.03 * length - 2.5 + 0.1 * generator.normal(size=150))
-        table["n_tokens"] = length
-        return table
-
-    row = td.study.compare({"a": of(1), "b": of(2)}, **FEW).table.iloc[0]
+    tables = {name: owed("n_tokens", length, 0.03, seed) for seed, name in enumerate("ab", 1)}
+    row = td.study.compare(tables, **FEW).table.iloc[0]
     assert row["rho"] > 0.8 and abs(row["length_rho"]) < 0.3
     assert row["length_p_holm"] > 0.01
 
@@ -538,6 +688,36 @@ def test_values_are_those_of_a_linear_model_by_its_formula(explained):
         ridge = Ridge(alpha=10.0).fit(scaler.transform(x[train]), y[train])
         expected = ridge.coef_ * (scaler.transform(x[test]) - scaler.transform(x[train]).mean(0))
         np.testing.assert_allclose(explained.values.to_numpy(float)[test], expected, atol=1e-9)
+
+
+def test_importances_are_those_of_scikit_learn(explained):
+    """What is lost by exchanging a covariate, from its own function; by leaving it out, from other regressions."""
+    table = planted(160, density=by_rarity)
+    x, y = explained.covariates.to_numpy(float), outcome_of(table, "area")
+    groups = codes(table["document"].to_numpy())
+    model, total = make_pipeline(StandardScaler(), Ridge(alpha=10.0)), np.square(y - y.mean()).sum()
+    lost = np.zeros(x.shape[1])
+    for train, test in GroupKFold(5).split(x, y, groups):
+        found = permutation_importance(
+            model.fit(x[train], y[train]), x[test], y[test], scoring="neg_mean_squared_error", n_repeats=100,
+            random_state=0,
+        )  # fmt: skip
+        lost += len(test) * found.importances_mean / total
+    rows = explained.table.set_index("covariate")
+    for number, name in enumerate(explained.covariates.columns):
+        # 5 draws here, 100 there
+        assert rows["permutation"][name] == pytest.approx(lost[number], abs=0.02 + 0.1 * abs(lost[number]))
+        others = cross_val_predict(model, np.delete(x, number, axis=1), y, cv=GroupKFold(5), groups=groups)
+        without = 1 - np.square(y - others).sum() / total
+        assert rows["drop"][name] == pytest.approx(explained.r2 - without, abs=1e-9)
+
+
+def test_a_lone_covariate_is_worth_all():
+    table = planted(60, density=by_rarity)
+    table["text"], table["tokens"], table["n_tokens"] = "the same", [[1, 2]] * 60, 2
+    table[[name for name in NUMERIC if name in table.columns and name not in ("rarity_target", "n_tokens")]] = 1.0
+    found = td.study.shap_values(table, regressor="ridge", n_null=5, n_bootstrap=5)
+    assert found.table["drop"].tolist() == [found.r2] and found.groups["r2"].tolist() == pytest.approx([found.r2])
 
 
 def test_figures_of_shapley_values_show_every_prompt(explained):

@@ -58,3 +58,6 @@ Attention = Literal["masked", "open"]
 
 TaskName = Literal["ioi", "greater_than", "agreement", "pronoun", "capitals", "docstring", "induction"]
 """Tasks that `tracedensity.tasks` generates."""
+
+Outcome = Literal["area", "auc", "auc_of_edges", "fraction", "size", "per_token", "component_share", "later_fraction"]
+"""The ways in which a density is one number, see `tracedensity.study.covariates.OUTCOMES`."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 import tracedensity as td
-from tracedensity.choices import Attention, DensityMethod, Engine, FaithfulnessMetric, Question
+from tracedensity.choices import Attention, DensityMethod, Engine, FaithfulnessMetric, Outcome, Question
 from tracedensity.cli.options import (
     AblationOption,
     BudgetOption,
@@ -58,15 +58,19 @@ ThresholdOption = Annotated[
     typer.Option(metavar="F", help="Faithfulness at which sizes are taken.", show_default="0.9"),
 ]
 OutcomeOption = Annotated[
-    Literal["area", "auc", "auc_of_edges", "fraction", "size", "per_token", "component_share", "later_fraction"] | None,
+    Outcome | None,
     typer.Option(help="Which density.", show_default="area"),
+]
+OutcomesOption = Annotated[
+    Outcome | None,
+    typer.Option(help="Which density alone.", show_default="all"),
 ]
 CsvOption = Annotated[Path | None, typer.Option(metavar="OUT", help="Write the table to this CSV file.")]
 BootstrapOption = Annotated[
-    int | None, typer.Option("--bootstrap", metavar="N", help="How often documents are resampled.")
+    int | None, typer.Option("--bootstrap", metavar="N", min=0, help="How often documents are resampled.")
 ]
 PermutationsOption = Annotated[
-    int | None, typer.Option("--permutations", metavar="N", help="How often prompts are exchanged.")
+    int | None, typer.Option("--permutations", metavar="N", min=0, help="How often prompts are exchanged.")
 ]
 
 
@@ -223,7 +227,7 @@ def table(
 @study.command()
 def factors(
     folder: FolderArgument,
-    outcome: OutcomeOption = None,
+    outcome: OutcomesOption = None,
     threshold: ThresholdOption = None,
     counts: CountsOption = None,
     model: AskedModelOption = None,
@@ -250,6 +254,7 @@ def factors(
 @study.command()
 def lengths(
     folder: FolderArgument,
+    outcome: OutcomesOption = None,
     threshold: ThresholdOption = None,
     bootstrap: BootstrapOption = None,
     permutations: PermutationsOption = None,
@@ -261,8 +266,11 @@ def lengths(
     with quiet():
         found = td.study.lengths(
             td.read_sweep(folder),
-            **only_given(threshold=threshold, n_bootstrap=bootstrap, n_permutations=permutations, seed=seed),
-        )
+            **only_given(
+                outcomes=None if outcome is None else (outcome,), threshold=threshold, n_bootstrap=bootstrap,
+                n_permutations=permutations, seed=seed,
+            ),
+        )  # fmt: skip
     _finish("Density and the length of the context", found, found.table, csv, html, [found.plot()] if html else [])
 
 
@@ -385,7 +393,18 @@ def shap(
     ] = None,
     counts: CountsOption = None,
     model: AskedModelOption = None,
+    folds: Annotated[
+        int | None, typer.Option("--folds", metavar="N", help="Folds of cross-validation.", show_default="5")
+    ] = None,
+    null: Annotated[
+        int | None,
+        typer.Option("--null", metavar="N", min=0, help="How often density is exchanged.", show_default="100"),
+    ] = None,
+    bootstrap: BootstrapOption = None,
     seed: SeedOption = None,
+    rows: Annotated[
+        Literal["covariates", "groups"], typer.Option("--table", help="What `--csv` writes.")
+    ] = "covariates",
     csv: CsvOption = None,
     html: HtmlOption = None,
 ) -> None:
@@ -393,10 +412,14 @@ def shap(
     with quiet():
         found = td.study.shap_values(
             _counted(folder, counts, model),
-            **only_given(outcome=outcome, threshold=threshold, regressor=regressor, seed=seed),
-        )
+            **only_given(
+                outcome=outcome, threshold=threshold, regressor=regressor, n_folds=folds, n_null=null,
+                n_bootstrap=bootstrap, seed=seed,
+            ),
+        )  # fmt: skip
     figures = [found.plot(), *map(found.plot, found.table["covariate"])] if html else []
-    _finish("What a regression of density draws on", found, found.table, csv, html, figures)
+    written = {"covariates": found.table, "groups": found.groups}[rows]
+    _finish("What a regression of density draws on", found, written, csv, html, figures)
 
 
 @study.command()
@@ -408,6 +431,9 @@ def contents(
     ] = None,
     bootstrap: BootstrapOption = None,
     seed: SeedOption = None,
+    rows: Annotated[
+        Literal["sizes", "recurrence"], typer.Option("--table", help="What `--csv` writes: by size, or by component.")
+    ] = "sizes",
     csv: CsvOption = None,
     html: HtmlOption = None,
 ) -> None:
@@ -415,13 +441,16 @@ def contents(
     with quiet():
         found = td.study.contents(folder, **only_given(share=share, n_bootstrap=bootstrap, seed=seed))
         kinds = ("composition", "layers", "recurrence", "prediction", "phases")
-    _finish("What circuits hold", found, found.by_size, csv, html, [found.plot(each) for each in kinds] if html else [])
+    written = {"sizes": found.by_size, "recurrence": found.recurrence}[rows]
+    _finish("What circuits hold", found, written, csv, html, [found.plot(each) for each in kinds] if html else [])
 
 
 def _counted(folder: Path, counts: list[Path] | None, model: str | None) -> Any:
     """The prompts of a sweep with covariates, rarities among them where counts are given."""
     known = td.read_sweep(folder)
     if not counts:
+        if model is not None:
+            raise ValueError("`--model` must come with `--counts`, texts whose tokens it counts.")
         return known
     if model is None:
         raise ValueError("`--counts` must come with `--model`, whose tokens are counted.")

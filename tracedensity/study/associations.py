@@ -8,7 +8,16 @@ import numpy as np
 from pandas import DataFrame
 
 from tracedensity.study.counts import Counts
-from tracedensity.study.covariates import NUMERIC, known_outcomes, numbers, outcome_of, with_covariates
+from tracedensity.study.covariates import (
+    NUMERIC,
+    READ,
+    asked_outcomes,
+    numbers,
+    outcome_of,
+    require_draws,
+    require_prompts,
+    with_covariates,
+)
 from tracedensity.study.statistics import Pair, Sample, codes, holm, strata_of
 
 if TYPE_CHECKING:
@@ -18,6 +27,9 @@ if TYPE_CHECKING:
 
 CONTROLS = ("entropy", "rarity_target", "n_tokens")
 """What partial correlations hold fixed, but for the covariate itself."""
+
+_FEWEST = 3
+"""Prompts that a correlation is made of."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,15 +96,22 @@ def factors(
         seed: For both.
 
     Raises:
-        ValueError: If an argument is not as described.
+        ValueError: If an argument is not as described, or fewer than three prompts differ in any covariate.
     """
+    require_draws(n_bootstrap=n_bootstrap, n_permutations=n_permutations)
+    require_prompts(table, ("document", "domain", "n_tokens", *READ))
     known: Any = with_covariates(table, counts=counts, model=model)
+    outcomes = asked_outcomes(known, outcomes)
     columns = numbers(known)
+    if len(known) < _FEWEST or not columns:
+        raise ValueError(
+            f"`table` must have at least {_FEWEST} prompts that differ in some covariate, got {len(known)} of which "
+            f"{len(columns)} covariates differ: sweep more prompts."
+        )
     if wrong := [name for name in controls if name not in NUMERIC]:
         raise ValueError(f"`controls` must be some of {list(NUMERIC)}, got {wrong}.")
     held = tuple(name for name in controls if name in columns)
     covariates = [*columns]
-    outcomes = known_outcomes(known) if outcomes is None else outcomes
     y = {f"outcome {name}": outcome_of(known, name, threshold) for name in outcomes}
     document = codes(known["document"].astype(str).to_numpy())
     length, domain = known["n_tokens"].to_numpy(float), codes(known["domain"].fillna("").to_numpy())

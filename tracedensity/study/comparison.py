@@ -1,6 +1,6 @@
 """Comparisons: whether the same inputs are dense for different models."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from pandas import DataFrame
 
-from tracedensity.study.covariates import AREAS, outcome_of, require_prompts
+from tracedensity.study.covariates import AREAS, outcome_of, require_draws, require_prompts
 from tracedensity.study.grid import half_areas
 from tracedensity.study.statistics import Pair, Sample, codes, holm, interval, rank_correlations, resampled, strata_of
 
@@ -96,8 +96,10 @@ def compare(
     """
     if not isinstance(tables, Mapping) or len(tables) < 2:
         raise ValueError("`tables` must be the prompts of two or more sweeps, by what to call them.")
+    require_draws(n_bootstrap=n_bootstrap, n_permutations=n_permutations)
     names = [*tables]
-    known = {name: unique_prompts(table) for name, table in tables.items()}
+    needed = ("document", "n_tokens", "entropy", "rarity_target", "rarity_top")
+    known = {name: unique_prompts(table, needed) for name, table in tables.items()}
     if unknown := [name for name in others or {} if name not in known]:
         raise ValueError(f"`others` must be of models in `tables`, {names}, got {unknown}.")
     common = sorted(set.intersection(*(set(table.index) for table in known.values())))
@@ -154,9 +156,9 @@ def compare(
     )  # fmt: skip
 
 
-def unique_prompts(table: DataFrame) -> Any:
-    """Prompts by their text, those that were run, each once."""
-    require_prompts(table)
+def unique_prompts(table: DataFrame, needed: Sequence[str] = ()) -> Any:
+    """Prompts by their text, those that were run, each once; the table must have the columns that are needed."""
+    require_prompts(table, ("text_hash", *needed))
     known: Any = table[table["error"].isna()]
     return known.drop_duplicates("text_hash").set_index("text_hash")
 

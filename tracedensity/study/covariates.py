@@ -1,7 +1,7 @@
 """Covariates: what is known of a prompt and its prediction that its density may depend on."""
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,12 @@ AREAS: Mapping[str, str] = {
 OUTCOMES: Mapping[str, str] = {**AREAS, **SIZES}
 """What may depend on covariates."""
 
+READ = ("text", "tokens")
+"""Columns that covariates of texts and tokens are made of."""
+
+_RARITIES = ("rarity_target", "rarity_top", "rarity_expected", "kl_unigram")
+"""Covariates that counts are needed for."""
+
 
 def with_covariates(table: DataFrame, *, counts: Counts | None = None, model: object = None) -> DataFrame:
     """The prompts of a sweep with covariates beside them; those that failed are left out.
@@ -60,13 +66,19 @@ def with_covariates(table: DataFrame, *, counts: Counts | None = None, model: ob
     Args:
         table: Prompts, from `td.read_sweep`.
         counts: Counts of tokens of a corpus, for rarities if the sweep had none.
-        model: The model, or its name, for what of these depends on whole predictions, which the table does not hold; it
-            is run once on each prompt. Without it these stay unknown.
+        model: The model of the sweep, or its name, for what of these depends on whole predictions, which the table does
+            not hold; it is run once on each prompt. Without it these stay unknown.
 
     Raises:
-        ValueError: If it is no such table, or the counts are those of another tokenizer.
+        ValueError: If it is no such table; if rarities are known already, of other counts; if the counts are those of
+            another tokenizer; if the model is not that of the sweep, or comes without counts.
     """
-    require_prompts(table)
+    require_prompts(table, READ)
+    if model is not None and counts is None:
+        raise ValueError("`model` must come with `counts`: it is for how rare the tokens of whole predictions are.")
+    if counts is not None:
+        require_prompts(table, ("top_token", "target", *_RARITIES))
+        _require_same(table, counts)
     found: Any = table[table["error"].isna()].reset_index(drop=True)  # pandas' own types are too wide to be of use
     found.attrs = dict(table.attrs)
     tokens = [np.asarray(each) for each in found["tokens"]]
@@ -76,7 +88,10 @@ def with_covariates(table: DataFrame, *, counts: Counts | None = None, model: ob
     found["word_length"] = [float(np.mean([*map(len, each)])) for each in words]
     found["type_token_ratio"] = [len(set(each)) / len(each) for each in words]
     found["gzip_ratio"] = [_compressed(text) for text in found["text"]]
-    if counts is not None and found["rarity_top"].isna().all():
+    if counts is not None:
+        transformer = None if model is None else _model_of(table, model, counts)
+        if found["rarity_top"].notna().any():  # of the same counts: the sweep has done all of this
+            return found
         largest = max(int(found["top_token"].max()), int(found["target"].max() if found["target"].notna().any() else 0))
         if largest >= len(counts.of_token):
             raise ValueError(
@@ -85,18 +100,44 @@ def with_covariates(table: DataFrame, *, counts: Counts | None = None, model: ob
         found["rarity_top"] = counts.rarity(found["top_token"].to_numpy(int))
         known = found["target"].notna()
         found.loc[known, "rarity_target"] = counts.rarity(found.loc[known, "target"].to_numpy(int))
-        if model is not None:
-            _add_predicted(found, counts, as_transformer(model))
+        found.attrs["counts"] = {"name": counts.name, "digest": counts.digest}
+        if transformer is not None:
+            _add_predicted(found, counts, transformer)
     return found
 
 
-def require_prompts(given: object) -> None:
-    """Raise a ValueError if it is no table of prompts."""
-    if not isinstance(given, DataFrame) or not {"sizes", "faithfulness", "error"} <= set(given.columns):
-        raise ValueError("`table` must be the prompts of a sweep, `td.read_sweep(folder)`.")
+def require_prompts(given: object, columns: Sequence[str] = ("document", "n_edges")) -> None:
+    """Raise a ValueError if it is no table of prompts, or lacks columns beside those of curves."""
+    if not isinstance(given, DataFrame):
+        raise ValueError(
+            f"`table` must be the prompts of a sweep, `td.read_sweep(folder)`, got a {type(given).__name__}."
+        )
+    needed = dict.fromkeys(["sizes", "faithfulness", "error", *columns])
+    if missing := [name for name in needed if name not in given.columns]:
+        raise ValueError(
+            f"`table` must be the prompts of a sweep, `td.read_sweep(folder)`, got one without the columns {missing}."
+        )
     table: Any = given
     if not len(table) or table["error"].notna().all():
         raise ValueError("`table` must have prompts with numbers, got none.")
+
+
+def require_draws(**numbers: int) -> None:
+    """Raise a ValueError if something is to be drawn less than never."""
+    for name, number in numbers.items():
+        if number < 0:
+            raise ValueError(f"`{name}` must be at least 0, got {number}.")
+
+
+def asked_outcomes(table: DataFrame, outcomes: Sequence[str] | None) -> list[str]:
+    """The outcomes to look at: by default all that a sweep tells.
+
+    Raises:
+        ValueError: If they are none, or a string in place of several.
+    """
+    if isinstance(outcomes, str) or (outcomes is not None and not len(outcomes)):
+        raise ValueError(f"`outcomes` must be one or more of {list(OUTCOMES)}, such as ('area',), got {outcomes!r}.")
+    return known_outcomes(table) if outcomes is None else [*outcomes]
 
 
 def outcome_of(table: Any, name: str, threshold: float | int = 0.9) -> Float[np.ndarray, " row"]:
@@ -113,7 +154,7 @@ def outcome_of(table: Any, name: str, threshold: float | int = 0.9) -> Float[np.
     Raises:
         ValueError: If there is no such outcome, or the sweep does not tell.
     """
-    require_prompts(table)
+    require_prompts(table, _NEEDED.get(name, ()))
     if name in ("auc", "auc_of_edges"):
         return table[name].to_numpy(float)
     if name == "area":
@@ -166,6 +207,13 @@ _COUNTED: Mapping[str, Callable[[Any, np.ndarray], np.ndarray]] = {
 }
 
 
+_NEEDED: Mapping[str, tuple[str, ...]] = {
+    "auc": ("auc",), "auc_of_edges": ("auc_of_edges",), "fraction": ("n_edges",), "per_token": ("n_tokens",), "component_share": ("entered",),
+    "later_fraction": ("n_edges",),
+}  # fmt: skip
+"""Columns of outcomes beside those of curves; that of `later_fraction` may be left out, as it is of some graphs."""
+
+
 def numbers(table: Any) -> dict[str, Float[np.ndarray, " row"]]:
     """Covariates that are known of at least some prompts, and differ, as columns of numbers.
 
@@ -190,9 +238,42 @@ def _compressed(text: str) -> float:
     return len(zlib.compress(raw, 9)) / max(1, len(raw))
 
 
+def _require_same(table: Any, counts: Counts) -> None:
+    """Raise a ValueError if rarities are known of other counts."""
+    known = table.attrs.get("counts") or table.attrs.get("sweep", {}).get("counts")
+    if table["rarity_top"].isna().all() or (known and known["digest"] == counts.digest):
+        return
+    of = f"{known['name']!r} ({known['digest']})" if known else "others"
+    raise ValueError(
+        f"`counts` must be left out, since rarities are known of the counts of {of}, got those of {counts.name!r} "
+        f"({counts.digest}): to change them, sweep again with other counts."
+    )
+
+
+def _model_of(table: Any, model: object, counts: Counts) -> Transformer:
+    """The model that a sweep was made with.
+
+    Raises:
+        ValueError: If it is another one, or the counts are not of its tokens.
+    """
+    transformer = as_transformer(model)
+    known = [] if "fingerprint" not in table.columns else sorted({*table["fingerprint"].dropna()})
+    if known and known != [transformer.fingerprint()]:
+        raise ValueError(
+            f"`model` must be that of the sweep, with the fingerprint {', '.join(known)}, got one with "
+            f"{transformer.fingerprint()}."
+        )
+    if len(counts.of_token) != transformer.d_vocab:
+        raise ValueError(
+            f"`counts` must be of the model's own tokens, {transformer.d_vocab}, got {len(counts.of_token)}."
+        )
+    return transformer
+
+
 def _add_predicted(table: Any, counts: Counts, model: Transformer) -> None:
     """Fill in what depends on whole predictions."""
-    prompts = [torch.as_tensor(np.asarray(each), device=model.device).long() for each in table["tokens"]]
+    # copied: arrays of a table that was read cannot be written to, of which torch warns
+    prompts = [torch.from_numpy(np.array(each, dtype=np.int64)).to(model.device) for each in table["tokens"]]
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     rows: dict[int, dict[str, float | None]] = {}
     while order:
@@ -202,5 +283,5 @@ def _add_predicted(table: Any, counts: Counts, model: Transformer) -> None:
             found = model.run_ahead([prompts[number] for number in some], [])
         for number, logits in zip(some, found, strict=True):
             rows[number] = prediction_row(logits, None, counts, model)
-    for name in ("rarity_expected", "kl_unigram"):
+    for name in _RARITIES[2:]:
         table[name] = [rows[number][name] for number in range(len(table))]

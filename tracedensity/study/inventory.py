@@ -11,6 +11,7 @@ from pandas import DataFrame
 
 from tracedensity.evaluation import RELATIVE_SIZES
 from tracedensity.extras import extra
+from tracedensity.study.covariates import require_draws
 from tracedensity.study.folder import read_sweep
 from tracedensity.study.grid import on_grid
 from tracedensity.study.knees import places_of, segments
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
     from tracedensity.plot import Theme
+
+
+_MEASURED = ("faithfulness", "random", "inverse", "top1", "nucleus", "entropy", "unigram_tv")
+"""Columns of points whose means are of interest."""
+
+_NAMED = 5
+"""So many components are named that come most often."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +89,9 @@ class Contents:
 
     def __str__(self) -> str:
         table: Any = self.by_size
-        lines = [f"{self.n} prompts", table.to_string(index=False, float_format="{:.3g}".format)]
+        shown = [name for name in table.columns if name in ("share", *_MEASURED) or name.startswith("part=")]
+        narrow = table[shown].rename(columns=lambda name: name.removeprefix("part="))
+        lines = [f"{self.n} prompts", narrow.to_string(index=False, float_format="{:.3g}".format), self._recurrence()]
         for name, phases in self.phases.items():
             if phases.break_at is None:
                 lines.append(f"{name}: no break")
@@ -93,9 +103,27 @@ class Contents:
                 )
         return "\n".join(lines)
 
+    def _recurrence(self) -> str:
+        rows: Any = self.recurrence
+        sure = rows["p_holm"] < 0.05
+        more, less = ((sure & (sign * (rows["often"] - rows["expected"]) > 0)).sum() for sign in (1, -1))
+        first = rows.sort_values("often", ascending=False, kind="stable").head(_NAMED)
+        named = ", ".join(f"{name} {often:.0%}" for name, often in zip(first["component"], first["often"], strict=True))
+        return (
+            f"components in circuits of {self.share:g} of all edges: how often each comes has a variance of "
+            f"{self.spread:.3g} ({self.null_spread:.3g} by chance)\n"
+            f"{more} of {len(rows)} come more often than the {rows['expected'].mean():.0%} expected by chance, {less} "
+            f"less often (p < 0.05, Holm); most often {named}"
+        )
+
 
 def contents(
-    path: str | PathLike[str], *, share: float | int = 0.01, n_bootstrap: int = 500, n_null: int = 1000, seed: int = 0
+    path: str | PathLike[str] | object,
+    *,
+    share: float | int = 0.01,
+    n_bootstrap: int = 500,
+    n_null: int = 1000,
+    seed: int = 0,
 ) -> Contents:
     """What the circuits of a sweep hold, size by size.
 
@@ -109,8 +137,14 @@ def contents(
     Raises:
         ValueError: If it is no sweep, or `share` is not above 0 and at most 1.
     """
+    if not isinstance(path, str | PathLike):
+        raise ValueError(
+            f"`path` must be the folder of a sweep, got a {type(path).__name__}: what circuits hold is in more tables "
+            "than that of its prompts."
+        )
     if not 0 < share <= 1:
         raise ValueError(f"`share` must be above 0 and at most 1, got {share}.")
+    require_draws(n_bootstrap=n_bootstrap, n_null=n_null)
     every: Any = read_sweep(path)
     prompts = every[every["error"].isna()].reset_index(drop=True)
     if not len(prompts):
@@ -129,7 +163,7 @@ def contents(
 def _by_size(prompts: Any, points: Any, draws: list[np.ndarray]) -> DataFrame:
     n = len(prompts)
     rows: list[dict[str, float]] = [{"share": share} for share in RELATIVE_SIZES]
-    for name in ("faithfulness", "random", "inverse", "top1", "nucleus", "entropy", "unigram_tv"):
+    for name in _MEASURED:
         values = _filled(points[name].to_numpy(float).reshape(n, -1), points["size"].to_numpy(float).reshape(n, -1))
         for number, column in enumerate(values.T):
             if np.isfinite(column).all():

@@ -12,7 +12,7 @@ from pandas import DataFrame
 
 from tracedensity.evaluation import RELATIVE_SIZES
 from tracedensity.extras import extra
-from tracedensity.study.covariates import require_prompts
+from tracedensity.study.covariates import require_draws, require_prompts
 from tracedensity.study.grid import on_grid
 from tracedensity.study.statistics import codes, interval, resampled
 
@@ -128,6 +128,7 @@ def thresholds(table: DataFrame, *, split: float = 0.5, n_bootstrap: int = 500, 
         ValueError: If an argument is not as described.
     """
     require_prompts(table)
+    require_draws(n_bootstrap=n_bootstrap)
     if not 0 < split <= 1:
         raise ValueError(f"`split` must be above 0 and at most 1, got {split}.")
     known: Any = table[table["error"].isna()].reset_index(drop=True)

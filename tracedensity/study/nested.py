@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from pandas import DataFrame
 
-from tracedensity.study.covariates import known_outcomes, outcome_of, require_prompts
+from tracedensity.study.covariates import asked_outcomes, outcome_of, require_draws, require_prompts
 from tracedensity.study.statistics import codes, holm, interval, p_of_signs, resampled
 
 if TYPE_CHECKING:
@@ -74,8 +74,10 @@ def lengths(
     Raises:
         ValueError: If no target has contexts of several lengths.
     """
-    require_prompts(table)
+    require_draws(n_bootstrap=n_bootstrap, n_permutations=n_permutations)
+    require_prompts(table, ("id", "document", "group", "n_tokens"))
     known: Any = table[table["error"].isna() & table["group"].notna()].reset_index(drop=True)
+    outcomes = asked_outcomes(known, outcomes)
     group = codes(known["group"].astype(str).to_numpy()) if len(known) else np.empty(0, dtype=np.int64)
     length = np.array(
         [_length(*row) for row in zip(known["id"], known["group"], known["n_tokens"], strict=True)], float
@@ -99,7 +101,7 @@ def lengths(
     draws = list(resampled(document, n_bootstrap, seed))
     generator = np.random.default_rng(seed)
     rows, by_length = [], []
-    for name in known_outcomes(known) if outcomes is None else outcomes:
+    for name in outcomes:
         y = outcome_of(known, name, threshold)
         slopes = _slopes(np.log2(length), y, group)
         low, high = interval([slopes[draw].mean() for draw in draws])

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from pandas import DataFrame
 
 from tracedensity.study.comparison import unique_prompts
-from tracedensity.study.covariates import AREAS, outcome_of
+from tracedensity.study.covariates import AREAS, outcome_of, require_draws
 from tracedensity.study.folder import MANIFEST, read_sweep
 from tracedensity.study.statistics import codes, holm, interval, p_of_signs, rank_correlations, resampled
 
@@ -96,7 +96,8 @@ def trend(
         raise ValueError("`tables` must be the prompts of two or more sweeps, in their order, by what to call them.")
     if against not in get_args(Against):
         raise ValueError(f"`against` must be one of {list(get_args(Against))}, got {against!r}.")
-    known = {name: unique_prompts(table) for name, table in tables.items()}
+    require_draws(n_bootstrap=n_bootstrap, n_permutations=n_permutations)
+    known = {name: unique_prompts(table, ("document", "entropy", "n_tokens")) for name, table in tables.items()}
     sides = {name: _Side.of(table, outcome, threshold) for name, table in known.items()}
     names, rows = [*sides], []
     for number, (name, side) in enumerate(sides.items()):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, combinations
 from math import factorial
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,8 +12,17 @@ from jaxtyping import Float, Int
 from pandas import DataFrame
 
 from tracedensity.extras import extra
+from tracedensity.loading.quiet import no_warnings
 from tracedensity.study.counts import Counts
-from tracedensity.study.covariates import NUMERIC, numbers, outcome_of, with_covariates
+from tracedensity.study.covariates import (
+    NUMERIC,
+    READ,
+    numbers,
+    outcome_of,
+    require_draws,
+    require_prompts,
+    with_covariates,
+)
 from tracedensity.study.statistics import codes, exchanged, interval, rank_correlations, resampled, strata_of
 
 if TYPE_CHECKING:
@@ -96,11 +106,12 @@ def shap_values(
     n_null: int = 100,
     n_bootstrap: int = 500,
     seed: int = 0,
+    progress: bool | None = None,
 ) -> ShapValues:
     """Shapley values of covariates in a regression of density.
 
-    Gradient boosting (300 trees of depth 3, learning rate 0.05, subsamples of 80%) or ridge, in cross-validation that
-    keeps documents together; each prompt is explained by the regression that has not seen its document. Correlated
+    Gradient boosting (100 trees of depth 3 on histograms, learning rate 0.1) or ridge, in cross-validation that keeps
+    documents together; each prompt is explained by the regression that has not seen its document. Correlated
     covariates share their credit in any proportion, so that values of whole groups are given beside: exact ones, of R2.
 
     Args:
@@ -110,10 +121,12 @@ def shap_values(
         outcome: What to regress, of `tracedensity.study.covariates.OUTCOMES`.
         threshold: Faithfulness at which sizes are taken.
         regressor: Which regression.
-        n_folds: Folds, at most as many as documents.
+        n_folds: Folds, at least two; as many as documents where these are fewer.
         n_null: How often density is exchanged within strata of similar length, for what chance would give.
         n_bootstrap: How often documents are resampled, for intervals.
         seed: For all of this.
+        progress: Whether to show a bar; by default in terminals and notebooks. Most of the time goes into `n_null`, and
+            into one regression for every set of `GROUPS`.
 
     Raises:
         ValueError: If the regression explains nothing out of fold, or no more than chance, so that there is nothing to
@@ -121,13 +134,24 @@ def shap_values(
     """
     if regressor not in _REGRESSORS:
         raise ValueError(f"`regressor` must be one of {list(_REGRESSORS)}, got {regressor!r}.")
+    if n_folds < 2:
+        raise ValueError(f"`n_folds` must be at least 2, to fit on some documents and try on others, got {n_folds}.")
+    require_draws(n_null=n_null, n_bootstrap=n_bootstrap)
+    require_prompts(table, ("document", "domain", "n_tokens", *READ))
     known: Any = with_covariates(table, counts=counts, model=model)
     columns = {name: values for name, values in numbers(known).items() if np.isfinite(values).mean() > 0.5}
-    finite = np.isfinite(np.stack([*columns.values()])).all(0)
+    finite = np.isfinite([*columns.values()]).all(0) if columns else np.zeros(len(known), dtype=bool)
+    if finite.sum() < 2:
+        raise ValueError(
+            f"`table` must have prompts of which covariates are known and differ, got {len(known)} of which "
+            f"{finite.sum()} can be used: sweep more prompts."
+        )
     known = known[finite].reset_index(drop=True)
     columns = {name: values[finite] for name, values in columns.items()}
     columns, dropped = _without_twins(columns)
     y = outcome_of(known, outcome, threshold)
+    if np.ptp(y) == 0:
+        raise ValueError(f"`outcome` must differ between prompts, got {y[0]:g} of {outcome!r} for all of them.")
     document = codes(known["document"].astype(str).to_numpy())
     domain = codes(known["domain"].fillna("").to_numpy())
     n_documents = len(np.unique(document))
@@ -141,34 +165,38 @@ def shap_values(
     def by_covariate(phi: Float[np.ndarray, "row column"]) -> Float[np.ndarray, "row joined"]:
         return np.stack([phi[:, of_column == number].sum(1) for number in range(len(joined))], axis=1)
 
-    own = fitting.explained(y)
-    r2, values = own.r2, by_covariate(own.phi)
-    null_r2, largest = [], []
-    for orders in exchanged(strata_of(known["n_tokens"].to_numpy(float), domain=domain), n_null, seed):
-        for order in orders:
-            by_chance = fitting.explained(y[order])
-            null_r2.append(by_chance.r2)
-            largest.append(np.abs(by_covariate(by_chance.phi)).mean(0).max())
-    limit = float(np.quantile(null_r2, 0.95)) if null_r2 else 0.0
-    if not r2 > max(limit, 0.0):
-        raise ValueError(
-            f"`table` must let density be predicted: R2 out of fold is {r2:.3f}, and {limit:.3f} would be chance. "
-            "There is nothing to explain."
-        )
-    null = float(np.quantile(largest, 0.95)) if largest else np.nan
-    again = np.array([np.abs(values[rows]).mean(0) for rows in resampled(document, n_bootstrap, seed)])
-    bounds = [interval(column) for column in again.T] if len(again) else [(np.nan, np.nan)] * len(joined)
-    rows = []
-    for number, name in enumerate(joined):
-        members = np.flatnonzero(of_column == number)
-        mean = float(np.abs(values[:, number]).mean())
-        rows.append({
-            "covariate": name, "mean_abs": mean, "low": bounds[number][0], "high": bounds[number][1], "null": null,
-            "counts": bool(mean > null), "permutation": fitting.permuted(y, members),
-            "drop": r2 - fitting.without(members).r2(y),
-        })  # fmt: skip
+    with _bar(1 + n_null + len(joined) + 2 ** len(_members(names)), progress) as bar:
+        own = fitting.explained(y)
+        bar.update()
+        r2, values = own.r2, by_covariate(own.phi)
+        null_r2, largest = [], []
+        for orders in exchanged(strata_of(known["n_tokens"].to_numpy(float), domain=domain), n_null, seed):
+            for order in orders:
+                by_chance = fitting.explained(y[order])
+                null_r2.append(by_chance.r2)
+                largest.append(np.abs(by_covariate(by_chance.phi)).mean(0).max())
+                bar.update()
+        limit = float(np.quantile(null_r2, 0.95)) if null_r2 else 0.0
+        if not r2 > max(limit, 0.0):
+            raise ValueError(
+                f"`table` must let density be predicted: R2 out of fold is {r2:.3f}, and {limit:.3f} would be chance. "
+                "There is nothing to explain."
+            )
+        null = float(np.quantile(largest, 0.95)) if largest else np.nan
+        again = np.array([np.abs(values[rows]).mean(0) for rows in resampled(document, n_bootstrap, seed)])
+        bounds = [interval(column) for column in again.T] if len(again) else [(np.nan, np.nan)] * len(joined)
+        rows = []
+        for number, name in enumerate(joined):
+            members = np.flatnonzero(of_column == number)
+            mean = float(np.abs(values[:, number]).mean())
+            rows.append({
+                "covariate": name, "mean_abs": mean, "low": bounds[number][0], "high": bounds[number][1], "null": null,
+                "counts": bool(mean > null), "permutation": fitting.permuted(members),
+                "drop": r2 - fitting.without(members).r2(y),
+            })  # fmt: skip
+            bar.update()
+        groups = _grouped(fitting, y, names, bar)
     made: Any = DataFrame(rows)
-    groups = _grouped(fitting, y, names)
     shown = np.stack([x[:, of_column == number][:, 0] for number in range(len(joined))], axis=1)
     return ShapValues(
         made.sort_values("mean_abs", ascending=False, ignore_index=True), groups, DataFrame(values, columns=joined),
@@ -203,18 +231,26 @@ class _Fitting:
         for train, test in self.folds():
             yield train, test, self.make(self.seed).fit(self.x[train], y[train])
 
+    @cached_property
+    def own_fits(self) -> list[tuple[Any, Any, Any]]:
+        """The same for its own outcome, made once."""
+        return [*self.fits(self.y)]
+
     def r2(self, y: Float[np.ndarray, " row"]) -> float:
-        """R2 of all predictions out of fold."""
+        """R2 of all predictions out of fold; 0 of the mean, which is what is left without columns."""
+        if not self.x.shape[1]:
+            return 0.0
         predicted = np.empty_like(y)
         for _, test, fitted in self.fits(y):
             predicted[test] = fitted.predict(self.x[test])
         return r2_of(y, predicted)
 
-    def permuted(self, y: Float[np.ndarray, " row"], columns: Int[np.ndarray, " some"], n: int = 5) -> float:
+    def permuted(self, columns: Int[np.ndarray, " some"], n: int = 5) -> float:
         """What R2 out of fold loses, on average, if some columns are exchanged together."""
         generator = np.random.default_rng(self.seed)
+        y = self.y
         predicted, spoilt = np.empty_like(y), np.empty((n, len(y)))
-        for _, test, fitted in self.fits(y):
+        for _, test, fitted in self.own_fits:
             predicted[test] = fitted.predict(self.x[test])
             for draw in range(n):
                 mixed = self.x[test].copy()
@@ -228,7 +264,7 @@ class _Fitting:
         phi, worst, predicted = np.empty(self.x.shape), 0.0, np.empty_like(y)
         for train, test, fitted in self.fits(y):
             predicted[test] = fitted.predict(self.x[test])
-            if hasattr(fitted, "estimators_"):
+            if not hasattr(fitted, "steps"):  # trees
                 explainer = shap.TreeExplainer(fitted, feature_perturbation="tree_path_dependent")
                 found, base = explainer.shap_values(self.x[test]), explainer.expected_value
             else:
@@ -254,8 +290,9 @@ class _Explained:
 
 def _boosting(seed: int) -> Any:
     ensemble = extra("sklearn.ensemble", "study", "Shapley values")
-    return ensemble.GradientBoostingRegressor(
-        n_estimators=300, max_depth=3, learning_rate=0.05, subsample=0.8, random_state=seed
+    # on histograms: eight times as fast as exact splits, and no worse on 1,000 prompts
+    return ensemble.HistGradientBoostingRegressor(
+        max_iter=100, max_depth=3, learning_rate=0.1, min_samples_leaf=5, early_stopping=False, random_state=seed
     )
 
 
@@ -296,16 +333,32 @@ def _joined(names: Sequence[str]) -> tuple[list[str], Int[np.ndarray, " column"]
     return joined, np.array([joined.index(each) for each in owner])
 
 
-def _grouped(fitting: _Fitting, y: Float[np.ndarray, " row"], names: Sequence[str]) -> DataFrame:
-    """Exact Shapley values of R2 out of fold, with groups of covariates for players."""
+def _members(names: Sequence[str]) -> dict[str, list[int]]:
+    """Which columns each group of covariates has, of those that are there."""
     of = {name: group for group, members in GROUPS.items() for name in members}
-    groups = list(dict.fromkeys(of.get(name, "domain") for name in names))
-    members = {group: [i for i, name in enumerate(names) if of.get(name, "domain") == group] for group in groups}
+    found: dict[str, list[int]] = {}
+    for number, name in enumerate(names):
+        found.setdefault(of.get(name, "domain"), []).append(number)
+    return found
+
+
+def _bar(total: int, shown: bool | None) -> Any:
+    """A bar over regressions, with the time left: in a terminal or notebook, unless something else is said."""
+    with no_warnings():
+        from tqdm.auto import tqdm
+    return tqdm(total=total, unit="fit", disable=None if shown is None else not shown)
+
+
+def _grouped(fitting: _Fitting, y: Float[np.ndarray, " row"], names: Sequence[str], bar: Any) -> DataFrame:
+    """Exact Shapley values of R2 out of fold, with groups of covariates for players."""
+    members = _members(names)
+    groups = [*members]
     worth: dict[frozenset[str], float] = {}
     subsets = chain.from_iterable(combinations(groups, count) for count in range(len(groups) + 1))
     for subset in map(frozenset, subsets):
         left_out = [i for group in groups if group not in subset for i in members[group]]
-        worth[subset] = fitting.without(left_out).r2(y) if subset else 0.0
+        worth[subset] = fitting.without(left_out).r2(y)
+        bar.update()
     n, rows = len(groups), []
     for group in groups:
         total = 0.0
