@@ -38,7 +38,7 @@ def straight(middle: float) -> tuple[list[int], list[float]]:
     """Sizes and faithfulness that rises evenly over log10 of size, from a height that depends on middle."""
     sizes, _ = curve(middle)
     x = np.log10(np.maximum(sizes, 0.5) / N_EDGES)
-    return sizes, np.interp(x, [x[0], 0.0], [min(max(0.4 + middle / 10, 0.0), 0.6), 1.0]).tolist()
+    return sizes, np.interp(x, [x[0], 0.0], [min(max(1.9 + middle, 0.0), 0.6), 1.0]).tolist()
 
 
 def planted(

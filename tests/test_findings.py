@@ -166,11 +166,15 @@ def test_verdicts_are_those_of_what_was_planted(answers):
             "It depends (yes: rarity of the target, rarity of the target given entropy; no: of the prediction, "
             "of the prediction given entropy, expected, expected given entropy)"
         )
-        assert verdicts["e"] == "Reproduced; that of shuffled weights falls as well by per token"
+        # of twenty components that enter anywhere, few are in small circuits
+        assert verdicts["e"].startswith("It depends (yes: fraction, size, per token, later fraction, area, area of one")
+        assert "component share)" in verdicts["e"]
+        assert verdicts["e"].endswith("; that of shuffled weights falls as well by per token")
     else:
         assert verdicts["d"] == verdicts["f"] == "Not reproduced"
         assert verdicts["c"].startswith("Not reproduced; ")
-        print(verdicts["e"])
+        # what stays as it is, is less per token
+        assert verdicts["e"].startswith("It depends") and "only per" not in verdicts["e"]
         assert verdicts["b"].startswith("It depends") or verdicts["b"] == "Not reproduced"
 
 

@@ -208,8 +208,8 @@ _COUNTED: Mapping[str, Callable[[Any, np.ndarray], np.ndarray]] = {
 
 
 _NEEDED: Mapping[str, tuple[str, ...]] = {
-    "auc": ("auc",), "auc_of_edges": ("auc_of_edges",), "fraction": ("n_edges",), "per_token": ("n_tokens",), "component_share": ("entered",),
-    "later_fraction": ("n_edges",),
+    "auc": ("auc",), "auc_of_edges": ("auc_of_edges",), "fraction": ("n_edges",), "per_token": ("n_tokens",),
+    "component_share": ("entered",), "later_fraction": ("n_edges",),
 }  # fmt: skip
 """Columns of outcomes beside those of curves; that of `later_fraction` may be left out, as it is of some graphs."""
 
