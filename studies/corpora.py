@@ -134,7 +134,8 @@ def studies(n: int) -> list[Study]:
         add(model, "wikitext", "flow", max(n // 3, 12), method="flow", **words, **no_baselines)
         add(model, "wikitext", "nested", max(n, 48), context_tokens=LENGTHS, **no_baselines)
         if model != NULL:
-            add(model, "wikitext", "tight", max(n // 20, 12), method="best", refine=True, **words, **no_baselines)
+            searched = {"method": "best", "refine": True, "part_size": 4}  # each takes seconds
+            add(model, "wikitext", "tight", max(n // 20, 12), **searched, **words, **no_baselines)
     return found
 
 
@@ -163,4 +164,4 @@ def run(
     key = ("stories" if study.model == "stories260K" else "books", study.corpus)
     if key not in counts:
         counts[key] = td.study.count_tokens(model, counted)
-    return td.sweep(model, text, out, counts=counts[key], limit=study.limit, part_size=32, **study.options)
+    return td.sweep(model, text, out, counts=counts[key], limit=study.limit, **{"part_size": 32, **study.options})
