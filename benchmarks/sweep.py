@@ -25,6 +25,7 @@ from tracedensity.model import as_transformer
 
 ROOT = Path(__file__).parents[1]
 _PART = 32
+_TOLERANCE = 1e-5
 
 
 def prompts_of(model: Any, n_tokens: int, n: int) -> list[list[int]]:
@@ -43,9 +44,8 @@ def rate(name: str, prompts: list[list[int]], workers: int, engine: str, options
     with tempfile.TemporaryDirectory() as folder:
         first = td.sweep(name, few, f"{folder}/few", **given)
         done = td.sweep(name, prompts, f"{folder}/all", **given)
-        if (
-            engine == "ray"
-        ):  # whose actors start anew each time, while processes of this machine stay for the next sweep
+        # actors start anew each time, while processes of this machine stay for the next sweep
+        if engine == "ray":
             return (len(prompts) - len(few)) / (done.seconds - first.seconds), done.table()
         return len(prompts) / done.seconds, done.table()
 
@@ -79,7 +79,8 @@ def main(
     ray: Annotated[bool, typer.Option(help="Ray with one and two workers as well.")] = False,
     memory: Annotated[bool, typer.Option(help="Peak memory of 64 and of 512 prompts as well.")] = False,
 ) -> None:
-    """Print prompts per second of a loop and of sweeps, and their largest difference."""
+    """Print prompts per second of a loop and of sweeps, and their largest difference, which must be small."""
+    all_same = True
     cores = os.cpu_count() or 1
     options: dict[str, Any] = {"baselines": baselines}
     print(f"torch {torch.__version__}, {cores} cores, {n} prompts of {tokens} tokens")
@@ -103,6 +104,7 @@ def main(
             same = all(
                 np.array_equal(sizes, curve.sizes.numpy()) for sizes, curve in zip(table["sizes"], curves, strict=False)
             )
+            all_same &= same and apart <= _TOLERANCE
             shown = f"{engine}, {workers} worker{'s' * (workers > 1)}"
             print(
                 f"  sweep, {shown:18} {found:6.2f} prompts per second, {found / loop:.2f} x the loop, "
@@ -112,6 +114,8 @@ def main(
         if memory:
             few, many = peak(name, 64, tokens), peak(name, 512, tokens)
             print(f"  peak memory of one process: {few} MiB for 64 prompts, {many} MiB for 512")
+    if not all_same:
+        raise SystemExit("sweeps have not found what the loop has found")
 
 
 if __name__ == "__main__":
