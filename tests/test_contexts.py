@@ -177,6 +177,14 @@ def test_whatever_a_row_holds_it_is_a_prompt_or_an_error(model):
     assert [each.prompt for each in contexts(pd.Series(["one", "two"]), model)] == ["one", "two"]
 
 
+def test_a_target_that_is_no_text_is_the_error_of_its_row(written, model):
+    table = written("latin.csv", b"prompt,target\none two,caf\xe9\nthree,four\n")
+    lines = written("some.jsonl", '{"prompt": "one", "target": "\\ud800"}\n{"prompt": "two", "target": "three"}\n')
+    for path in (table, lines):
+        first, second = contexts(path, model)
+        assert "the target must be text that UTF-8 can write" in first.error and not second.error
+
+
 def test_cells_may_be_books_and_names_of_files_are_files(tmp_path, model):
     path = tmp_path / "long.csv"
     path.write_text("text\n" + "word " * 40_000 + "\n")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ import torch
 
 import tracedensity as td
 from tracedensity.estimation import Estimation
+from tracedensity.model import as_transformer
 from tracedensity.model.offload import is_offloading
+from tracedensity.study.comparison import unique_prompts
 from tracedensity.study.folder import Folder
 from tracedensity.study.sweep import _shard
 from tracedensity.study.table import TABLES
@@ -519,6 +522,45 @@ def test_several_processes_write_what_one_writes(tmp_path):
     td.sweep("books-gpt2", prompts, tmp_path / "one", workers=1, **options)
     td.sweep("books-gpt2", prompts, tmp_path / "two", workers=2, **options)
     assert files(tmp_path / "one") == files(tmp_path / "two")
+
+
+def test_a_slow_disk_that_gets_full_ends_the_run_of_several_processes(tmp_path):
+    """More is done than is written, so that joblib's thread waits to hand out more when the error comes."""
+    script = (
+        "import sys, time, tracedensity as td\n"
+        "from tracedensity.study.folder import Folder\n"
+        "usual, written = Folder.write, []\n"
+        "def write(self, name, content):\n"
+        "    if len(written) == 2:\n"
+        "        time.sleep(8)\n"
+        "        raise OSError(28, 'No space left on device', name)\n"
+        "    written.append(name)\n"
+        "    usual(self, name, content)\n"
+        "Folder.write = write\n"
+        "given = dict(part_size=1, thresholds=(0.5,), baselines=False, progress=False)\n"
+        "td.sweep('books-gpt2', [[0, each] for each in range(100)], sys.argv[1], workers=2, **given)"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", script, str(tmp_path / "sweep")]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    try:
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode == 1 and "No space left on device" in said
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_tokens_that_part_a_character_are_prompts_of_their_own(tmp_path):
+    """Their texts are all the same question marks."""
+    model = td.load_model()
+    pieces = [(0, *as_transformer(model).pieces(letter)[:1]) for letter in "\u72d7\u5c0f\u0416"]
+    assert len(set(pieces)) == 3
+    done = td.sweep(model, [*pieces, pieces[0]], tmp_path / "sweep", **{**OPTIONS, "baselines": False})
+    table = done.table()
+    assert table["text"].nunique() == 1 and table["text_hash"].nunique() == 3
+    assert unique_prompts(table.iloc[:3])["index"].tolist() == [0, 1, 2]
+    with pytest.warns(UserWarning, match="1 of 4 prompts have the text of another"):
+        unique_prompts(table)
 
 
 def test_a_worker_ends_with_what_started_it_even_where_nobody_has_buried_that():

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from pandas import DataFrame
 
+from tracedensity.alert import alert
 from tracedensity.study.covariates import AREAS, outcome_of, require_prompts
 from tracedensity.study.grid import half_areas
 from tracedensity.study.statistics import Pair, Sample, codes, holm, interval, rank_correlations, resampled, strata_of
@@ -155,10 +156,13 @@ def compare(
 
 
 def unique_prompts(table: DataFrame) -> Any:
-    """Prompts by their text, those that were run, each once."""
+    """Prompts by their text, those that were run, each once; an alert says how many have the text of another."""
     require_prompts(table)
     known: Any = table[table["error"].isna()]
-    return known.drop_duplicates("text_hash").set_index("text_hash")
+    found = known.drop_duplicates("text_hash")
+    if len(found) < len(known):
+        alert(f"{len(known) - len(found)} of {len(known)} prompts have the text of another and are left out.")
+    return found.set_index("text_hash")
 
 
 def _reliability(

@@ -35,7 +35,7 @@ _LONGEST = 2**31 - 1
 _BEGINNING = 2**13
 """Bytes in which a file that is no text shows it."""
 
-_NO_TEXT = "the prompt must be text that UTF-8 can write; the file has other bytes here."
+_NO_TEXT = "the {} must be text that UTF-8 can write; the file has other bytes here."
 
 _TITLE = re.compile(r"\s*= [^=].* =\s*")  # of an article, as WikiText writes it
 _HEADING = re.compile(r"\s*=( =)+ .* =( =)+\s*")  # of a part of one
@@ -119,7 +119,7 @@ class Cut:
         """
         name, whole = f"{document.id}:{number}", document.document or document.id
         if not _is_text(line):
-            yield replace(document, id=name, prompt="", document=whole, error=_NO_TEXT)
+            yield replace(document, id=name, prompt="", document=whole, error=_NO_TEXT.format("prompt"))
             return
         if self.per_document is not None and taken.get(whole, 0) >= self.per_document:
             return
@@ -390,6 +390,8 @@ def _target(given: Any) -> str | int | None:
     if _missing(given):
         return None
     if isinstance(given, str):
+        if not _is_text(given):
+            raise ValueError(_NO_TEXT.format("target"))
         return given
     # pandas makes floats of whole numbers of which some are missing
     whole: Any = int(given) if isinstance(given, float) and given.is_integer() else given

@@ -66,7 +66,7 @@ source          string         the file
 domain          string         what kind of text, if that was said
 group           string         prompts of one group have the same target and reach back differently far
 text            string         the prompt
-text_hash       string         16 digits of the SHA-256 of the text: the same prompt in other sweeps
+text_hash       string         SHA-256 of the text, or of tokens that part a character: the same prompt in other sweeps
 error           string         why there are no numbers; null if there are
 tokens          list<int32>    token ids, one that begins the sequence included
 n_tokens        int32          how many
@@ -173,12 +173,14 @@ def context_row(context: Context, tokens: Int[Tensor, " pos"] | None, target: in
     own = ids if ids is not None else []
     inner = own[len(model.beginning) :] if tuple(own[: len(model.beginning)]) == model.beginning else own
     text = written(context.prompt if isinstance(context.prompt, str) else model.text(inner))
+    # pieces of a character all read alike, so that only their tokens tell them apart
+    torn = not isinstance(context.prompt, str) and "\N{REPLACEMENT CHARACTER}" in text
     return {
         "source": context.source,
         "domain": context.domain or None,
         "group": context.group or None,
         "text": text,
-        "text_hash": text_hash(text),
+        "text_hash": text_hash(f"{model.vocabulary} {inner}" if torn else text),
         "error": context.error or None,
         "tokens": ids,
         "n_tokens": None if ids is None else len(ids),
