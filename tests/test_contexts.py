@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +150,56 @@ def test_lines_of_json_may_have_columns_of_their_own(written, model):
     assert [bool(each.error) for each in found] == [True, True, False]
     with pytest.raises(ValueError, match=r"some\.jsonl: the column of prompts must be one of"):
         contexts(written("some.jsonl", '{"other": 1}\n' * 40), model)
+
+
+def test_a_table_of_which_no_row_has_the_column_is_refused(written, model):
+    for given in (pd.DataFrame({"other": ["a", "b"]}), [{"other": "a"}], written("some.jsonl", '{"other": 1}\n' * 2)):
+        for cut in (Cut(), Cut(words=1)):
+            with pytest.raises(ValueError, match=r"column of prompts must be one of .* Say which it is with `column`"):
+                contexts(given, model, cut)
+    with pytest.raises(ValueError, match=r"must be one of \['txt'\], got \['text'\]"):
+        contexts(pd.DataFrame({"text": ["a"]}), model, column="txt")
+    assert [bool(each.error) for each in contexts([{"other": "a"}, {"prompt": "b"}, {"other": "c"}], model)] == [
+        True, False, True,
+    ]  # fmt: skip
+
+
+def test_a_list_with_a_file_is_a_list_of_files(written, tmp_path):
+    some = str(written("some.txt", "one two"))
+    with pytest.raises(ValueError, match=r"got 'missing\.txt', which does not exist"):
+        Corpus.of([some, "missing.txt"], Cut())
+    with pytest.raises(ValueError, match="files only or prompts only, got files and a list"):
+        Corpus.of([Path(some), [1, 2]], Cut())
+    assert Corpus.of(["word " * 100 + ".txt"], Cut()).given  # too long for a name
+
+
+def test_damage_of_a_file_is_told_by_its_name(tmp_path, written, model):
+    path = tmp_path / "some.parquet"
+    pd.DataFrame({"text": [f"number {each} of {7 * each}" for each in range(5000)]}).to_parquet(path)
+    content = bytearray(path.read_bytes())
+    content[300:2000] = bytes(each ^ 0x5A for each in content[300:2000])
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"some\.parquet', damaged"):
+        contexts(path, model)
+    with pytest.raises(ValueError, match=r"some\.csv', which is none"):
+        contexts(written("some.csv", 'prompt,id\n"one two,a\nthree,b\n'), model)
+    with pytest.raises(ValueError, match="which is UTF-16"):
+        contexts(written("some.txt", "one two\n".encode("utf-16")), model)
+    fine, deep = contexts(written("some.jsonl", '{"prompt": "fine"}\n' + "[" * 100_000 + "\n"), model)
+    assert not fine.error and "no JSON" in deep.error
+    odd = Path(os.fsdecode(os.fsencode(str(tmp_path)) + b"/caf\xe9.txt"))
+    odd.write_text("one two")
+    assert contexts(odd, model)[0].source == "caf?.txt"
+
+
+def test_a_formula_in_a_text_is_no_title(written, model):
+    found = contexts(written("some.txt", "one two three\n\n = x + y = \n\nfour five six\n"), model, Cut(words=1))
+    assert [each.document for each in found] == ["some.txt:0", "some.txt:1", "some.txt:1", "some.txt:2"]
+
+
+def test_names_that_are_numbers_stay_whole_where_some_are_missing(model):
+    frame = pd.DataFrame({"prompt": ["one", "two", "three"], "id": [1, None, 3]})
+    assert [each.id for each in contexts(frame, model)] == ["1", "prompts:1", "3"]
 
 
 def test_bytes_that_are_no_text_are_the_error_of_their_row(tmp_path, model):

@@ -83,8 +83,9 @@ def _run(work: Work, part: Part, parent: int) -> Done:
         Thread(target=_end_with, args=(parent,), daemon=True).start()
         _keep_freed_memory()
     if work.key not in _workers:
+        held = [each.model for each in _workers.values() if each.work.model_key == work.model_key]
         _workers.clear()
-        _workers[work.key] = Worker(work)
+        _workers[work.key] = Worker(work, *held)
     return _workers[work.key](part)
 
 

@@ -70,7 +70,7 @@ text_hash       string         SHA-256 of the text, or of tokens that part a cha
 error           string         why there are no numbers; null if there are
 tokens          list<int32>    token ids, one that begins the sequence included
 n_tokens        int32          how many
-target          int32          token that comes next in the corpus
+target          int32          token that comes next in the corpus; null if not known, or where `position` is given
 target_text     string         its text
 top_token       int32          token that the model finds most probable
 top_text        string         its text
@@ -110,6 +110,8 @@ versions        string         of tracedensity, TransformerLens and torch
 threshold       double         faithfulness to reach
 size            int64          edges of the smallest circuit that reaches it
 stable_size     int64          of the smallest from which on all larger ones reach it
+robust_size     int64          of the smallest that reaches it under every ablation of `robust`; null without
+pruned_size     int64          edges of the smallest on a path to the logits; null on the token graph, or if refined
 fraction        double         size as a share of all edges
 stable_fraction double         the other as a share
 per_token       double         size over the tokens of the prompt
@@ -322,6 +324,7 @@ def _threshold_rows(curve: DensityCurve, content: _Content) -> list[Row]:
         n_components = content.of_size[row["size"]]["n_components"]
         rows.append({
             **{name: row[name] for name in ("threshold", "size", "stable_size", "fraction", "stable_fraction")},
+            **{name: row.get(name) for name in ("robust_size", "pruned_size")},
             "per_token": row["size"] / len(curve.provenance.token_ids),
             "n_components": n_components,
             "component_share": n_components / len(content.entered),
