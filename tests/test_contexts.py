@@ -202,6 +202,10 @@ def test_names_that_are_numbers_stay_whole_where_some_are_missing(model):
     assert [each.id for each in contexts(frame, model)] == ["1", "prompts:1", "3"]
 
 
+def test_columns_of_a_frame_may_be_called_by_numbers():
+    assert Corpus.of(pd.DataFrame({np.int64(3): ["a"], "prompt": ["one"]}), Cut()).about
+
+
 def test_bytes_that_are_no_text_are_the_error_of_their_row(tmp_path, model):
     path = tmp_path / "some.txt"
     path.write_bytes("fine text\n".encode("utf-8-sig") + b"caf\xe9 text\n" + b"more text\n")

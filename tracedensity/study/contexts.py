@@ -180,7 +180,7 @@ class Corpus:
         if isinstance(prompts, str | PathLike):
             prompts = [Path(prompts)]
         if isinstance(prompts, DataFrame):
-            prompts = prompts.to_dict(orient="records")
+            prompts = prompts.set_axis([*map(str, prompts.columns)], axis=1).to_dict(orient="records")
         elif isinstance(prompts, Series):
             prompts = prompts.tolist()
         if not isinstance(prompts, Sequence) or not len(prompts):
