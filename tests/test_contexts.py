@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +152,60 @@ def test_lines_of_json_may_have_columns_of_their_own(written, model):
         contexts(written("some.jsonl", '{"other": 1}\n' * 40), model)
 
 
+def test_a_table_of_which_no_row_has_the_column_is_refused(written, model):
+    for given in (pd.DataFrame({"other": ["a", "b"]}), [{"other": "a"}], written("some.jsonl", '{"other": 1}\n' * 2)):
+        for cut in (Cut(), Cut(words=1)):
+            with pytest.raises(ValueError, match=r"column of prompts must be one of .* Say which it is with `column`"):
+                contexts(given, model, cut)
+    with pytest.raises(ValueError, match=r"must be one of \['txt'\], got \['text'\]"):
+        contexts(pd.DataFrame({"text": ["a"]}), model, column="txt")
+    assert [bool(each.error) for each in contexts([{"other": "a"}, {"prompt": "b"}, {"other": "c"}], model)] == [
+        True, False, True,
+    ]  # fmt: skip
+
+
+def test_a_list_with_a_file_is_a_list_of_files(written, tmp_path):
+    some = str(written("some.txt", "one two"))
+    with pytest.raises(ValueError, match=r"got 'missing\.txt', which does not exist"):
+        Corpus.of([some, "missing.txt"], Cut())
+    with pytest.raises(ValueError, match="files only or prompts only, got files and a list"):
+        Corpus.of([Path(some), [1, 2]], Cut())
+    assert Corpus.of(["word " * 100 + ".txt"], Cut()).given  # too long for a name
+
+
+def test_damage_of_a_file_is_told_by_its_name(tmp_path, written, model):
+    path = tmp_path / "some.parquet"
+    pd.DataFrame({"text": [f"number {each} of {7 * each}" for each in range(5000)]}).to_parquet(path)
+    content = bytearray(path.read_bytes())
+    content[300:2000] = bytes(each ^ 0x5A for each in content[300:2000])
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"some\.parquet', damaged"):
+        contexts(path, model)
+    with pytest.raises(ValueError, match=r"some\.csv', which is none"):
+        contexts(written("some.csv", 'prompt,id\n"one two,a\nthree,b\n'), model)
+    with pytest.raises(ValueError, match="which is UTF-16"):
+        contexts(written("some.txt", "one two\n".encode("utf-16")), model)
+    fine, deep = contexts(written("some.jsonl", '{"prompt": "fine"}\n' + "[" * 100_000 + "\n"), model)
+    assert not fine.error and "no JSON" in deep.error
+    odd = Path(os.fsdecode(os.fsencode(str(tmp_path)) + b"/caf\xe9.txt"))
+    odd.write_text("one two")
+    assert contexts(odd, model)[0].source == "caf?.txt"
+
+
+def test_a_formula_in_a_text_is_no_title(written, model):
+    found = contexts(written("some.txt", "one two three\n\n = x + y = \n\nfour five six\n"), model, Cut(words=1))
+    assert [each.document for each in found] == ["some.txt:0", "some.txt:1", "some.txt:1", "some.txt:2"]
+
+
+def test_names_that_are_numbers_stay_whole_where_some_are_missing(model):
+    frame = pd.DataFrame({"prompt": ["one", "two", "three"], "id": [1, None, 3]})
+    assert [each.id for each in contexts(frame, model)] == ["1", "prompts:1", "3"]
+
+
+def test_columns_of_a_frame_may_be_called_by_numbers():
+    assert Corpus.of(pd.DataFrame({np.int64(3): ["a"], "prompt": ["one"]}), Cut()).about
+
+
 def test_bytes_that_are_no_text_are_the_error_of_their_row(tmp_path, model):
     path = tmp_path / "some.txt"
     path.write_bytes("fine text\n".encode("utf-8-sig") + b"caf\xe9 text\n" + b"more text\n")
@@ -175,6 +230,14 @@ def test_whatever_a_row_holds_it_is_a_prompt_or_an_error(model):
     frame = pd.DataFrame({"prompt": [np.array([1, 2]), np.array([3])], "target": [1, None]})
     assert [(each.prompt, each.target) for each in contexts(frame, model)] == [((1, 2), 1), ((3,), None)]
     assert [each.prompt for each in contexts(pd.Series(["one", "two"]), model)] == ["one", "two"]
+
+
+def test_a_target_that_is_no_text_is_the_error_of_its_row(written, model):
+    table = written("latin.csv", b"prompt,target\none two,caf\xe9\nthree,four\n")
+    lines = written("some.jsonl", '{"prompt": "one", "target": "\\ud800"}\n{"prompt": "two", "target": "three"}\n')
+    for path in (table, lines):
+        first, second = contexts(path, model)
+        assert "the target must be text that UTF-8 can write" in first.error and not second.error
 
 
 def test_cells_may_be_books_and_names_of_files_are_files(tmp_path, model):

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,18 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 import tracedensity as td
 from tracedensity.estimation import Estimation
+from tracedensity.model import as_transformer
 from tracedensity.model.offload import is_offloading
-from tracedensity.study.folder import Folder
+from tracedensity.study import engines, work
+from tracedensity.study.comparison import unique_prompts
+from tracedensity.study.contexts import Context
 from tracedensity.study.sweep import _shard
 from tracedensity.study.table import TABLES
-from tracedensity.study.work import Worker
+from tracedensity.study.work import Part, Work, Worker, density_options
 
 VOCABULARY = 20  # of the tiny models
 OPTIONS: dict[str, Any] = {"part_size": 4, "thresholds": (0.5, 0.9), "progress": False}
@@ -148,6 +154,21 @@ def test_shards_of_tasks_of_an_array_are_all_different(monkeypatch):
     assert _shard("auto") == (0, 1)
 
 
+def test_an_array_that_is_a_list_and_numbers_that_are_none_are_refused(monkeypatch):
+    """--array=3,6 has no task 4 and 5, whose parts nobody would run."""
+    monkeypatch.setenv("SLURM_PROCID", "x")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(ValueError, match="SLURM_PROCID must be a number, got 'x'"):
+        _shard("auto")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    for name, value in {"ID": 3, "MIN": 3, "MAX": 6, "STEP": 1, "COUNT": 2}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    with pytest.raises(ValueError, match="where the array is a list: it has 2 tasks from 3 to 6"):
+        _shard("auto")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_STEP", "3")
+    assert _shard("auto") == (0, 4)
+
+
 def test_two_runs_at_once_leave_what_the_other_writes(tiny_gpt2, whole, tmp_path):
     out = tmp_path / "sweep"
     shutil.copytree(whole, out)
@@ -164,8 +185,36 @@ def test_two_runs_at_once_leave_what_the_other_writes(tiny_gpt2, whole, tmp_path
 def test_parts_that_are_not_there_yet_are_spoken_of(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "sweep")
     (tmp_path / "sweep" / "prompts" / "part-00000.parquet").unlink()
-    with pytest.warns(UserWarning, match="lacks 1 of its first parts"):
+    with pytest.warns(UserWarning, match="has 6 of 10 prompts"):
         assert len(td.read_sweep(tmp_path / "sweep")) == 6
+
+
+def test_the_last_parts_and_other_shards_are_missed_as_well(tiny_gpt2, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "sweep")
+    for table in TABLES:
+        (tmp_path / "sweep" / table / "part-00002.parquet").unlink()
+    with pytest.warns(UserWarning, match="has 8 of 10 prompts"):
+        td.read_sweep(tmp_path / "sweep")
+    done = td.sweep(tiny_gpt2, PROMPTS, tmp_path / "shard", shard="0/3", limit=8, **OPTIONS)
+    with pytest.warns(UserWarning, match="has 4 of 8 prompts"):
+        done.table()
+
+
+def test_while_a_part_grows_tables_are_about_the_same_prompts(tiny_gpt2, whole, tmp_path):
+    """Killed between the tables of a part that gets more prompts."""
+    out = tmp_path / "sweep"
+    td.sweep(tiny_gpt2, PROMPTS, out, limit=6, **OPTIONS)
+    shutil.copy(whole / "points" / "part-00001.parquet", out / "points" / "part-00001.parquet")
+    assert td.read_sweep(out, "points")["index"].unique().tolist() == [*range(6)]
+
+
+def test_rows_without_a_column_that_came_later_can_be_read(whole, tmp_path):
+    out = tmp_path / "sweep"
+    shutil.copytree(whole, out)
+    for part in (out / "thresholds").iterdir():
+        pq.write_table(pq.read_table(part).drop_columns(["robust_size"]), part)
+    before, after = td.read_sweep(whole, "thresholds"), td.read_sweep(out, "thresholds")
+    pd.testing.assert_frame_equal(before, after)
 
 
 def test_a_limit_may_be_raised(tiny_gpt2, whole, tmp_path):
@@ -360,6 +409,81 @@ def test_wrong_options_are_refused_before_anything_is_written(tiny_gpt2, tmp_pat
         td.sweep(tiny_gpt2, PROMPTS, out, sizes=(1, 2))
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_odd_arguments_are_refused_by_name_and_numpy_is_none(tiny_gpt2, tmp_path):
+    out = tmp_path / "sweep"
+    for wrong, words in (
+        ({"thresholds": 0.5}, "`thresholds` must be several numbers"),
+        ({"thresholds": "0.5"}, "`thresholds` must be several numbers"),
+        ({"circuits": "0.5"}, "`circuits` must be faithfulnesses"),
+        ({"circuits": None}, "`circuits` must be faithfulnesses"),
+        ({"part_size": 1.5}, "`part_size` must be at least 1 and a whole number"),
+        ({"context_tokens": "1,2"}, "`context_tokens` must be a whole number or several"),
+        ({"position": "x"}, "`position` must be a whole number"),
+        ({"counts": "none.txt"}, "`counts` must be counts, or text files that are there"),
+        ({"context_words": 1, "position": -2}, "`position` must be left out where text is cut"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            td.sweep(tiny_gpt2, ["one two three"], out, **{**OPTIONS, **wrong})
+        assert not out.exists()
+    given = {**OPTIONS, "part_size": np.int64(4), "threads": np.int64(1), "limit": np.int64(2)}
+    td.sweep(tiny_gpt2, PROMPTS, out, circuits=np.array([0.9, 0.90000001]), **given)
+    assert len(list((out / "circuits").iterdir())) == 4 and (out / "circuits/0000000-0.9.safetensors").exists()
+    text = [{"prompt": "Once upon a time there was a girl"}]
+    cuts = {"context_words": np.int64(2)}, {"context_tokens": np.array([1, 2])}
+    for number, cut in enumerate(cuts):
+        assert td.sweep("books-gpt2", text, tmp_path / str(number), limit=1, **cut, **OPTIONS).n_errors == 0
+
+
+def test_another_tokenizer_is_another_sweep(tmp_path):
+    """The same weights and the same entries, of which others are merged."""
+    model = td.load_model()
+    text = ["Once upon a time there was a little girl"]
+    td.sweep(model, text, tmp_path / "sweep", baselines=False, **OPTIONS)
+    before = as_transformer(model).tokenization
+    model.to_tokens(["one", "one two three"])  # which pads, and says so in the tokenizer
+    assert as_transformer(model).tokenization == before
+    other = deepcopy(model)
+    about = json.loads(other.tokenizer.backend_tokenizer.to_str())
+    about["model"]["merges"] = about["model"]["merges"][:200]
+    other.tokenizer._tokenizer = Tokenizer.from_str(json.dumps(about))
+    assert as_transformer(other).vocabulary == as_transformer(model).vocabulary
+    with pytest.raises(ValueError, match="holds a sweep with tokenizer"):
+        td.sweep(other, text, tmp_path / "sweep", baselines=False, **OPTIONS)
+
+
+def test_robust_and_pruned_sizes_are_columns(tiny_gpt2, tmp_path):
+    given = {"graph": "component", "robust": ("mean",)}
+    table = td.sweep(tiny_gpt2, PROMPTS[:2], tmp_path / "sweep", **given, **OPTIONS).table("thresholds")
+    for number, prompt in enumerate(PROMPTS[:2]):
+        curve = td.density(tiny_gpt2, prompt, thresholds=(0.5, 0.9), **given).table()
+        own = table[table["index"] == number]
+        for name in ("robust_size", "pruned_size"):
+            assert own[name].tolist() == curve[name].tolist()
+    table = td.sweep(tiny_gpt2, PROMPTS[:2], tmp_path / "other", **OPTIONS).table("thresholds")
+    assert table[["robust_size", "pruned_size"]].isna().all(axis=None)
+
+
+def test_a_process_keeps_its_model_for_the_next_sweep_of_it(monkeypatch):
+    loaded, usual = [], work.load_model
+
+    def load(*given: Any, **options: Any) -> Any:
+        loaded.append(given)
+        return usual(*given, **options)
+
+    monkeypatch.setattr(work, "load_model", load)
+    model = as_transformer(td.load_model())
+    first = Work("books-gpt2", model.fingerprint(), model.tokenization, {}, density_options({}), "first")
+    worker = Worker(first)
+    monkeypatch.setattr(engines, "_workers", {first.key: worker})
+    part = Part(0, 0, (Context("a", (0, 1, 2)),))
+    assert engines._run(first, part, os.getpid()).n_errors == 0
+    assert engines._run(replace(first, sweep="second"), part, os.getpid()).n_errors == 0 and len(loaded) == 1
+    with pytest.raises(ValueError, match="must be the same for all workers"):  # loaded again, as its weights are others
+        engines._run(replace(first, sweep="third", fingerprint="another"), part, os.getpid())
+    assert len(loaded) == 2
+
+
 @pytest.mark.parametrize("position", [-2, 1])
 def test_a_position_is_that_of_density(position, tiny_gpt2, tmp_path):
     prompts = [prompt for prompt in PROMPTS if len(prompt) > 2][:3]
@@ -521,6 +645,45 @@ def test_several_processes_write_what_one_writes(tmp_path):
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
+def test_a_slow_disk_that_gets_full_ends_the_run_of_several_processes(tmp_path):
+    """More is done than is written, so that joblib's thread waits to hand out more when the error comes."""
+    script = (
+        "import sys, time, tracedensity as td\n"
+        "from tracedensity.study.folder import Folder\n"
+        "usual, written = Folder.write, []\n"
+        "def write(self, name, content):\n"
+        "    if len(written) == 2:\n"
+        "        time.sleep(8)\n"
+        "        raise OSError(28, 'No space left on device', name)\n"
+        "    written.append(name)\n"
+        "    usual(self, name, content)\n"
+        "Folder.write = write\n"
+        "given = dict(part_size=1, thresholds=(0.5,), baselines=False, progress=False)\n"
+        "td.sweep('books-gpt2', [[0, each] for each in range(100)], sys.argv[1], workers=2, **given)"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", script, str(tmp_path / "sweep")]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    try:
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode == 1 and "No space left on device" in said
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_tokens_that_part_a_character_are_prompts_of_their_own(tmp_path):
+    """Their texts are all the same question marks."""
+    model = td.load_model()
+    pieces = [(0, *as_transformer(model).pieces(letter)[:1]) for letter in "\u72d7\u5c0f\u0416"]
+    assert len(set(pieces)) == 3
+    done = td.sweep(model, [*pieces, pieces[0]], tmp_path / "sweep", **{**OPTIONS, "baselines": False})
+    table = done.table()
+    assert table["text"].nunique() == 1 and table["text_hash"].nunique() == 3
+    assert unique_prompts(table.iloc[:3])["index"].tolist() == [0, 1, 2]
+    with pytest.warns(UserWarning, match="1 of 4 prompts have the text of another"):
+        unique_prompts(table)
+
+
 def test_a_worker_ends_with_what_started_it_even_where_nobody_has_buried_that():
     parent = subprocess.Popen(["sleep", "300"])
     script = "import sys; from tracedensity.study.engines import _end_with; _end_with(int(sys.argv[1]))"
@@ -574,22 +737,34 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(tiny_gpt2, whole, tmp_pat
         subprocess.run(["umount", str(out)], check=False)
 
 
-def test_what_cannot_be_written_leaves_no_trace(tiny_gpt2, whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", ["fsync", "replace"])
+def test_what_cannot_be_written_leaves_no_trace(where, tiny_gpt2, whole, tmp_path, monkeypatch):
     out, written = tmp_path / "sweep", []
+    owner = {"fsync": os, "replace": Path}[where]
+    usual = getattr(owner, where)
 
-    def write(self: Folder, name: str, content: bytes) -> None:
+    def full(*given: Any) -> Any:
         if len(written) == 3:
-            raise OSError(28, "No space left on device", name)
-        written.append(name)
-        usual(self, name, content)
+            raise OSError(28, "No space left on device")
+        written.append(given)
+        return usual(*given)
 
-    usual = Folder.write
-    monkeypatch.setattr(Folder, "write", write)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(owner, where, full)
+    with pytest.raises(OSError, match=r"No space.* is kept; make room"):
         td.sweep(tiny_gpt2, PROMPTS, out, **OPTIONS)
-    monkeypatch.setattr(Folder, "write", usual)
+    assert files(out) and not list(out.rglob(".*"))
+    monkeypatch.setattr(owner, where, usual)
     td.sweep(tiny_gpt2, PROMPTS, out, **OPTIONS)
     assert files(out) == files(whole)
+
+
+def test_a_folder_in_place_of_a_file_is_told(tiny_gpt2, whole, tmp_path):
+    out = tmp_path / "sweep"
+    shutil.copytree(whole, out)
+    (out / "prompts" / "part-00000.parquet").unlink()
+    (out / "prompts" / "part-00000.parquet").mkdir()
+    with pytest.raises(OSError, match="a folder is where the sweep writes a file"):
+        td.sweep(tiny_gpt2, PROMPTS, out, **OPTIONS)
 
 
 def test_the_manifest_says_what_was_done(whole):
@@ -607,6 +782,10 @@ def test_what_is_no_sweep_is_refused(tmp_path, whole):
     (tmp_path / "sweep.json").write_text('{"schema": 0}')
     with pytest.raises(ValueError, match="columns of version 1, got version 0"):
         td.read_sweep(tmp_path)
+    for damaged in ("", "[]", "{}"):
+        (tmp_path / "sweep.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"`out` must be the folder of a sweep, got .*(json is none|line 1)"):
+            td.sweep("books-gpt2", ["one two"], tmp_path)
     (tmp_path / "sweep.json").write_text('{"schema": 1}')
     with pytest.raises(ValueError, match="no part is finished"):
         td.read_sweep(tmp_path)
@@ -621,8 +800,7 @@ def test_the_model_and_its_threads_come_back_as_they_were(tiny_gpt2, tmp_path):
 
 
 def test_workers_that_load_another_model_say_so():
-    from tracedensity.study.work import Work, density_options
-
-    work = Work("books-gpt2", "another", {}, density_options({}), "sweep")
-    with pytest.raises(ValueError, match="must be the same for all workers"):
-        _ = Worker(work).model
+    model = as_transformer(td.load_model())
+    for found in (("another", model.tokenization), (model.fingerprint(), "another")):
+        with pytest.raises(ValueError, match="must be the same for all workers"):
+            _ = Worker(Work("books-gpt2", *found, {}, density_options({}), "sweep")).model

@@ -66,6 +66,18 @@ def test_bits_per_byte_by_hand(tmp_path):
     assert bits_per_byte(model, tokenizer, text, 32) == pytest.approx(12 * n_tokens / n_bytes)
 
 
+def test_models_are_kept_of_different_steps_of_one_schedule(tmp_path):
+    assert train.kept_steps(1024, 6) == {0, 4, 16, 64, 256, 1024}
+    for n, n_steps in ((1, 100), (6, 10)):
+        with pytest.raises(ValueError, match=f"got {n} for {n_steps} steps"):
+            train.kept_steps(n_steps, n)
+    for step in (0, 25, 100):
+        (tmp_path / f"step-{step:06d}").mkdir()
+    train.require_kept(tmp_path, train.kept_steps(100, 3), 100)
+    with pytest.raises(ValueError, match="must be those that the run was begun with"):
+        train.require_kept(tmp_path, train.kept_steps(120, 3), 100)
+
+
 @pytest.mark.parametrize("name", ["books-gpt2", "books-llama"])
 def test_an_interrupted_run_ends_as_a_whole_one(tmp_path, monkeypatch, name):
     (tmp_path / "train-0.txt").write_text("Call me Ishmael. Some years ago, never mind how long precisely.\n" * 400)
@@ -83,6 +95,8 @@ def test_an_interrupted_run_ends_as_a_whole_one(tmp_path, monkeypatch, name):
     with pytest.raises(KeyboardInterrupt):
         train.main(tmp_path, out=tmp_path / "parts", **options)
     monkeypatch.setattr(train, "save", save)
+    with pytest.raises(ValueError, match=r"there should be models of \[0\], got \[\]"):
+        train.main(tmp_path, out=tmp_path / "parts", keep=2, **options)
     train.main(tmp_path, out=tmp_path / "parts", **options)
 
     kept = td.study.checkpoints(tmp_path / "whole" / "steps")

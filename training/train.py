@@ -9,6 +9,7 @@ same batches. The learning rate is constant after the warm-up and falls to zero 
 
 import json
 import math
+import shutil
 import time
 from copy import deepcopy
 from pathlib import Path
@@ -122,8 +123,33 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def kept_steps(n_steps: int, n: int) -> set[int]:
-    """So many steps to keep a model of: random weights, and then four times as many steps each time."""
-    return {0 if number == 0 else math.ceil(n_steps / 4 ** (n - 1 - number)) for number in range(n)}
+    """So many steps to keep a model of: random weights, and then four times as many steps each time.
+
+    Raises:
+        ValueError: If there are too few steps for that, or one is asked for, which would be random or the last.
+    """
+    found = {0 if number == 0 else math.ceil(n_steps / 4 ** (n - 1 - number)) for number in range(n)}
+    if n == 1 or len(found) < n:
+        raise ValueError(
+            f"`keep` must be 0, or at least 2 and few enough for different steps, got {n} for {n_steps} steps."
+        )
+    return found
+
+
+def require_kept(folder: Path, kept: set[int], done: int) -> None:
+    """Check that the models of a run that is taken up again are those that it should have kept by now.
+
+    Raises:
+        ValueError: If one is missing, or was kept by another schedule.
+    """
+    held = {int(path.name.split("-")[1]) for path in folder.glob("step-*")}
+    wanted = {step for step in kept if step < done}
+    if wanted <= held <= kept:
+        return
+    raise ValueError(
+        f"`keep` and `tokens` must be those that the run was begun with: after {done} steps there should be models of "
+        f"{sorted(wanted)}, got {sorted(held)} in {folder}. Start anew with another `out`."
+    )
 
 
 def main(
@@ -149,6 +175,8 @@ def main(
     """Train, with progress, checkpoints and resumption."""
     if threads:
         torch.set_num_threads(threads)
+    n_steps, steps = math.ceil(tokens / (batch * N_CTX)), out / "steps"
+    kept = kept_steps(n_steps, keep)
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     out.mkdir(parents=True, exist_ok=True)
@@ -165,7 +193,8 @@ def main(
     opts = optimizers(net, lr, muon)
     checkpoint = out / "checkpoint.safetensors"
     done = load(checkpoint, net, opts) if checkpoint.exists() else 0
-    n_steps = math.ceil(tokens / (batch * N_CTX))
+    if kept:
+        require_kept(steps, kept, done)
 
     def loss_of(tokens: Tensor, counted: Tensor) -> Tensor:
         with torch.autocast(device, dtype=torch.bfloat16, enabled=half):
@@ -179,13 +208,17 @@ def main(
     step_loss = torch.compile(loss_of) if compiled else loss_of
     stream = batches(ids, n_ctx=N_CTX, n_entries=N_ENTRIES, batch=batch, repeated=repeated, seed=seed, first_step=done)
     started, smooth = time.perf_counter(), float("nan")
-    kept = kept_steps(n_steps, keep)
 
     def keep_model(step: int) -> None:
-        if step in kept:
-            folder = out / "steps" / f"step-{step:06d}"
-            write(net, folder)
-            write_tokenizer(bpe, folder)
+        place = steps / f"step-{step:06d}"
+        if step not in kept or place.exists():
+            return
+        beside = out / "steps.tmp"
+        shutil.rmtree(beside, ignore_errors=True)
+        write(net, beside)
+        write_tokenizer(bpe, beside)
+        steps.mkdir(exist_ok=True)
+        beside.rename(place)
 
     keep_model(done)
     bar = tqdm(range(done, n_steps), initial=done, total=n_steps, desc=model, mininterval=10)

@@ -211,12 +211,17 @@ def table(
     require_folders(out)
     if out.suffix not in (".csv", ".jsonl", ".parquet"):
         raise ValueError(f"`--out` must end in .csv, .jsonl or .parquet, got {str(out)!r}.")
+    from tracedensity.study.table import TABLES
+
     with quiet():
         rows: Any = td.read_sweep(folder, name)
         rows.attrs = {}
         if out.suffix == ".parquet":
             content = rows.to_parquet(index=False)
         elif out.suffix == ".csv":
+            # lists as JSON: what a cell says of a long array leaves out its middle
+            for column in (each.name for each in TABLES[name] if each.type.startswith("list")):
+                rows[column] = [None if each is None else json.dumps(each.tolist()) for each in rows[column]]
             content = rows.to_csv(index=False)
         else:
             content = rows.to_json(orient="records", lines=True, force_ascii=False)

@@ -3,9 +3,11 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, SupportsIndex, TypeAlias, get_args
 
 import numpy as np
@@ -182,6 +184,25 @@ class Transformer(Shape):
             return ""
         entries = sorted(self.model.tokenizer.get_vocab().items())
         return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16]
+
+    @cached_property
+    def tokenization(self) -> str:
+        """A short hash of how text becomes tokens: the vocabulary, merges and settings; "" without a tokenizer."""
+        tokenizer = self.model.tokenizer
+        if tokenizer is None:
+            return ""
+        digest = hashlib.sha256(json.dumps([self.vocabulary, self.beginning]).encode())
+        if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+            # how the last texts were padded and cut is written there too
+            about = {**json.loads(backend.to_str()), "padding": None, "truncation": None}
+            digest.update(json.dumps(about, sort_keys=True).encode())
+        else:
+            digest.update(type(tokenizer).__name__.encode())
+            with TemporaryDirectory() as folder, suppress(NotImplementedError, AttributeError):
+                tokenizer.save_vocabulary(folder)
+                for path in sorted(Path(folder).iterdir()):
+                    digest.update(path.read_bytes())
+        return digest.hexdigest()[:16]
 
     # -- running ---------------------------------------------------------------------------------
 

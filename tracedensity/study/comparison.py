@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from pandas import DataFrame
 
+from tracedensity.alert import alert
 from tracedensity.study.covariates import AREAS, outcome_of, require_draws, require_prompts
 from tracedensity.study.grid import half_areas
 from tracedensity.study.statistics import Pair, Sample, codes, holm, interval, rank_correlations, resampled, strata_of
@@ -157,10 +158,16 @@ def compare(
 
 
 def unique_prompts(table: DataFrame, needed: Sequence[str] = ()) -> Any:
-    """Prompts by their text, those that were run, each once; the table must have the columns that are needed."""
+    """Prompts by their text, those that were run, each once; an alert says how many have the text of another.
+
+    The table must have the columns that are needed.
+    """
     require_prompts(table, ("text_hash", *needed))
     known: Any = table[table["error"].isna()]
-    return known.drop_duplicates("text_hash").set_index("text_hash")
+    found = known.drop_duplicates("text_hash")
+    if len(found) < len(known):
+        alert(f"{len(known) - len(found)} of {len(known)} prompts have the text of another and are left out.")
+    return found.set_index("text_hash")
 
 
 def _reliability(

@@ -4,11 +4,13 @@ import csv
 import hashlib
 import json
 import re
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import index
 from os import PathLike
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ _ROWS = 1024
 """Rows of a Parquet file that are read together."""
 
 _ROWS_APART = 32
-"""So many lines of JSON, of which each may have columns of its own, must lack the prompt for the file to be refused."""
+"""So many first rows, if each may have columns of its own, must lack the prompt for a table to be refused."""
 
 _LONGEST = 2**31 - 1
 """Characters in a cell of a CSV file; by itself, Python reads 2 ** 17."""
@@ -35,7 +37,7 @@ _LONGEST = 2**31 - 1
 _BEGINNING = 2**13
 """Bytes in which a file that is no text shows it."""
 
-_NO_TEXT = "the prompt must be text that UTF-8 can write; the file has other bytes here."
+_NO_TEXT = "the {} must be text that UTF-8 can write; the file has other bytes here."
 
 _TITLE = re.compile(r"\s*= [^=].* =\s*")  # of an article, as WikiText writes it
 _HEADING = re.compile(r"\s*=( =)+ .* =( =)+\s*")  # of a part of one
@@ -94,7 +96,7 @@ class Cut:
         numbers |= {"context_tokens": min(self.tokens)} if self.tokens else {}
         for name, number in numbers.items():
             if number is not None and (not hasattr(number, "__index__") or index(number) < 1):
-                raise ValueError(f"`{name}` must be at least 1, got {number!r}.")
+                raise ValueError(f"`{name}` must be at least 1 and a whole number, got {number!r}.")
         if self.words is not None and self.tokens:
             raise ValueError("give one of `context_words` and `context_tokens`: a context is counted in one of them.")
         if self.per_document is not None and not self:
@@ -119,7 +121,7 @@ class Cut:
         """
         name, whole = f"{document.id}:{number}", document.document or document.id
         if not _is_text(line):
-            yield replace(document, id=name, prompt="", document=whole, error=_NO_TEXT)
+            yield replace(document, id=name, prompt="", document=whole, error=_NO_TEXT.format("prompt"))
             return
         if self.per_document is not None and taken.get(whole, 0) >= self.per_document:
             return
@@ -178,7 +180,7 @@ class Corpus:
         if isinstance(prompts, str | PathLike):
             prompts = [Path(prompts)]
         if isinstance(prompts, DataFrame):
-            prompts = prompts.to_dict(orient="records")
+            prompts = prompts.set_axis([*map(str, prompts.columns)], axis=1).to_dict(orient="records")
         elif isinstance(prompts, Series):
             prompts = prompts.tolist()
         if not isinstance(prompts, Sequence) or not len(prompts):
@@ -187,7 +189,11 @@ class Corpus:
                 + ("none." if isinstance(prompts, Sequence) else f"a {type(prompts).__name__}.")
             )
         paths: list[Any] = list(prompts)
-        if all(isinstance(each, PathLike) or _is_file(each) for each in paths):
+        if any(isinstance(each, PathLike) or _is_file(each) for each in paths):
+            if wrong := [each for each in paths if not isinstance(each, str | PathLike)]:
+                raise ValueError(
+                    f"`prompts` must be files only or prompts only, got files and a {type(wrong[0]).__name__}."
+                )
             return cls(tuple(_file(Path(each), cut) for each in paths), cut, column)
         return cls(prompts, cut, column)
 
@@ -229,8 +235,8 @@ class Corpus:
     def _of_text(self, path: Path, name: str, model: Transformer) -> Iterator[Context]:
         """Each line of a text file, or what its documents are cut into.
 
-        Documents begin where WikiText has the title of an article, or else behind empty lines, in which there are no
-        spaces either. Titles are no text.
+        Documents begin where WikiText, which begins with one, has the title of an article; or else behind empty lines,
+        in which there are no spaces either. Titles are no text.
         """
         if not self.cut:
             for number, line in enumerate(_lines(path)):
@@ -238,7 +244,8 @@ class Corpus:
                     own = f"{name}:{number}"
                     yield Context(own, prompt=line, document=own, source=name)
             return
-        with_titles = any(_TITLE.fullmatch(line) for line in _lines(path))
+        first = next((line for line in _lines(path) if line.strip()), "")
+        with_titles = _TITLE.fullmatch(first)  # a formula in other text may look like one
         number = paragraph = 0
         taken: dict[str, int] = {}
         for line in _lines(path):
@@ -256,22 +263,29 @@ class Corpus:
         """Prompts of a table or list, or what each text of it is cut into."""
         name, source, path = place
         taken: dict[str, int] = {}
-        n_without = 0  # rows that lack the column, from the first on
+        enough = _ROWS_APART if path is None or path.suffix == ".jsonl" else 1
+        lacking: list[Context] = []  # the first rows, as long as none has the column of prompts
         for number, row in rows:
+            own = f"{name}:{number}"
             try:
-                context = self._of_row(row, f"{name}:{number}", source)
+                context = self._of_row(row, own, source)
             except ValueError as error:
-                n_without += isinstance(error, _NoColumnError) and n_without == number
-                enough = 1 if path is None or path.suffix != ".jsonl" else _ROWS_APART
-                if path is not None and n_without == number + 1 == enough:  # all others would say the same
-                    raise ValueError(f"`prompts`: {path}: {error}") from error
-                yield Context(f"{name}:{number}", document=f"{name}:{number}", source=source, error=str(error))
-                continue
-            if self.cut and isinstance(context.prompt, str):
+                context = Context(own, document=own, source=source, error=str(error))
+                if isinstance(error, _NoColumnError) and number == len(lacking):
+                    lacking.append(context)
+                    if len(lacking) == enough:
+                        break
+                    continue
+            yield from lacking
+            lacking = []
+            if self.cut and isinstance(context.prompt, str) and not context.error:
                 for paragraph, line in enumerate(context.prompt.splitlines()):
                     yield from self.cut.pieces(context, paragraph, line, model, taken)
             else:
                 yield context
+        if lacking:  # all others would say the same
+            where = "" if path is None else f"{path}: "
+            raise ValueError(f"`prompts`: {where}{lacking[0].error} Say which it is with `column`.")
 
     def _of_row(self, row: Any, name: str, source: str) -> Context:
         if isinstance(row, ValueError):
@@ -295,18 +309,25 @@ class Corpus:
 
 
 def _file(path: Path, cut: Cut) -> Path:
-    if not path.is_file():
+    if not isfile(path):
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise ValueError(f"`prompts` must be files, got {str(path)!r}, which {what}. Prompts themselves go in a list.")
+        raise ValueError(
+            f"`prompts` must be files, got {str(path)!r}, which {what}. Prompts themselves go in a list without files."
+        )
+    with path.open("rb") as file:
+        beginning = file.read(_BEGINNING)
+    if beginning.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+        raise ValueError(
+            f"`prompts` must be UTF-8, got {str(path)!r}, which is UTF-16. `iconv -f UTF-16 -t UTF-8` makes it that."
+        )
     if path.suffix not in SUFFIXES:
         if not cut:
             raise ValueError(
                 f"`prompts` must be files that end in one of {', '.join(SUFFIXES)}, got {str(path)!r}. Any other file "
                 "of text needs `context_words` or `context_tokens`, to be cut into prompts."
             )
-        with path.open("rb") as file:
-            if b"\0" in file.read(_BEGINNING):
-                raise ValueError(f"`prompts` must be files of text, got {str(path)!r}, which has bytes that are none.")
+        if b"\0" in beginning:
+            raise ValueError(f"`prompts` must be files of text, got {str(path)!r}, which has bytes that are none.")
     return path
 
 
@@ -314,9 +335,10 @@ def _distinct(paths: Sequence[Path]) -> list[str]:
     """Names of files; where two are called alike, with a number."""
     names: list[str] = []
     for path in paths:
-        name, number = path.name, 2
+        own = written(path.name)
+        name, number = own, 2
         while name in names:
-            name, number = f"{path.name}#{number}", number + 1
+            name, number = f"{own}#{number}", number + 1
         names.append(name)
     return names
 
@@ -340,7 +362,7 @@ def _of_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             row = ValueError(f"the line is no JSON ({error}).")
         yield number, row
         number += 1
@@ -350,7 +372,9 @@ def _of_csv(path: Path) -> Iterator[tuple[int, Any]]:
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         longest = csv.field_size_limit(_LONGEST)
         try:
-            yield from enumerate(csv.DictReader(file))
+            yield from enumerate(
+                csv.DictReader(file, strict=True)
+            )  # a quote that nothing closes would take all that is left
         except csv.Error as error:
             raise ValueError(f"`prompts` must be CSV files, got {str(path)!r}, which is none ({error}).") from error
         finally:
@@ -367,7 +391,10 @@ def _of_parquet(path: Path) -> Iterator[tuple[int, Any]]:
         raise ValueError(f"`prompts` must be Parquet files, got {str(path)!r}, which is none ({error}).") from error
     with file:
         batches = file.iter_batches(batch_size=_ROWS)
-        yield from enumerate(row for batch in batches for row in batch.to_pylist())
+        try:
+            yield from enumerate(row for batch in batches for row in batch.to_pylist())
+        except (pa.ArrowException, OSError) as error:  # behind its footer, which was read first
+            raise ValueError(f"`prompts` must be whole Parquet files, got {str(path)!r}, damaged ({error}).") from error
 
 
 _READERS = {".jsonl": _of_jsonl, ".csv": _of_csv, ".parquet": _of_parquet}
@@ -390,13 +417,18 @@ def _target(given: Any) -> str | int | None:
     if _missing(given):
         return None
     if isinstance(given, str):
+        if not _is_text(given):
+            raise ValueError(_NO_TEXT.format("target"))
         return given
-    # pandas makes floats of whole numbers of which some are missing
-    whole: Any = int(given) if isinstance(given, float) and given.is_integer() else given
     try:
-        return index(whole)
+        return index(_whole(given))
     except TypeError as error:
         raise ValueError(f"the target must be text or a token id, got {given!r}.") from error
+
+
+def _whole(value: Any) -> Any:
+    """The whole number that pandas makes a float of, where others of its column are missing; anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _missing(value: Any) -> bool:
@@ -404,6 +436,7 @@ def _missing(value: Any) -> bool:
 
 
 def _text(value: Any) -> str:
+    value = _whole(value)
     return "" if _missing(value) else written(str(value))
 
 
@@ -417,7 +450,7 @@ def _is_text(text: str) -> bool:
 
 
 def _is_file(given: Any) -> bool:
-    return isinstance(given, str) and given.endswith(SUFFIXES) and Path(given).is_file()
+    return isinstance(given, str) and given.endswith(SUFFIXES) and isfile(given)
 
 
 def _plain(value: Any) -> Any:

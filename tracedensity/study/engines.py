@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from threading import Semaphore, Thread
+from threading import Event, Semaphore, Thread
 from typing import Any
 
 import psutil
@@ -53,15 +53,18 @@ def in_processes(work: Work, parts: Iterable[Part], n_workers: int) -> Iterator[
     one_by_one: dict[str, Any] = {"batch_size": 1, "pre_dispatch": "2*n_jobs", "return_as": "generator_unordered"}
     parallel: Any = Parallel(n_jobs=n_workers, backend="loky", **one_by_one)
     # joblib hands out the next part when one is done; what is done and not yet written must not pile up
-    room = Semaphore(4 * n_workers)
+    room, ended = Semaphore(4 * n_workers), Event()
 
     def handed_out() -> Iterator[Any]:
         for part in parts:
             room.acquire()
+            if ended.is_set():
+                return
             yield run(work, part, os.getpid())
 
+    results = parallel(handed_out())
     try:
-        for done in parallel(handed_out()):
+        for done in results:
             room.release()
             yield done
     except TerminatedWorkerError as error:
@@ -69,6 +72,10 @@ def in_processes(work: Work, parts: Iterable[Part], n_workers: int) -> Iterator[
             "a process of the sweep was killed, as systems do when memory runs out; what is finished is kept. Run the "
             "same again with fewer `workers`."
         ) from error
+    finally:
+        # what ends early, as where nothing can be written, must not leave joblib's thread waiting: it is waited for
+        ended.set()
+        room.release()
 
 
 def _run(work: Work, part: Part, parent: int) -> Done:
@@ -76,8 +83,9 @@ def _run(work: Work, part: Part, parent: int) -> Done:
         Thread(target=_end_with, args=(parent,), daemon=True).start()
         _keep_freed_memory()
     if work.key not in _workers:
+        held = [each.model for each in _workers.values() if each.work.model_key == work.model_key]
         _workers.clear()
-        _workers[work.key] = Worker(work)
+        _workers[work.key] = Worker(work, *held)
     return _workers[work.key](part)
 
 

@@ -25,11 +25,22 @@ if TYPE_CHECKING:
 
 MANIFEST = "sweep.json"
 
+WANTED = "wanted.json"
+"""How many prompts all runs together are about; it grows with `limit`, so that it is no part of the manifest."""
+
 _NOTHING = "(nothing)"
 """What a manifest says of what it does not have."""
 
 _BESIDE = re.compile(r"\..+\.(json|parquet|safetensors)\.(?P<host>.*)\.(?P<process>\d+)\.[0-9a-f]{32}")
 """What a file is called while it is written: which process of which machine does."""
+
+
+_FULL = ": what is finished is kept; make room and run the same again"
+_HINTS = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EISDIR: ": a folder is where the sweep writes a file; remove it and run the same again",
+}
 
 
 @dataclass(frozen=True)
@@ -71,7 +82,7 @@ class Folder:
             return folder
         if not resume:
             raise ValueError(f"`out` must be new without `resume`, got {str(path)!r}, which holds a sweep.")
-        held = read_manifest(path)
+        held = read_manifest(path, "out")
         held.pop("schema")
         if (difference := _difference(held, about)) is not None:
             name, before, now = difference
@@ -97,11 +108,15 @@ class Folder:
                 os.fsync(file.fileno())
             beside.replace(path)
         except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            hint = ": what is finished is kept; make room and run the same again" if full else ""
+            hint = _HINTS.get(error.errno or 0, "")
             raise OSError(error.errno, os.strerror(error.errno or 0) + hint, str(path)) from error
         finally:
             beside.unlink(missing_ok=True)
+
+    def want(self, n_prompts: int) -> None:
+        """Write down how many prompts all shards of a run are about, unless another run was about more."""
+        if n_prompts > _wanted(self.path):
+            self.write(WANTED, (json.dumps({"n_prompts": n_prompts}) + "\n").encode())
 
     def tidy(self) -> None:
         """Remove what killed runs have left beside files; not what a run on another machine is writing."""
@@ -140,8 +155,20 @@ class Folder:
         return whole and [row["id"] for row in prompts[: len(wanted)]] == wanted
 
 
-def read_manifest(path: str | PathLike[str]) -> dict[str, Any]:
+def _wanted(path: Path) -> int:
+    """How many prompts a sweep is about; 0 if it does not say so."""
+    try:
+        return int(json.loads((path / WANTED).read_bytes())["n_prompts"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def read_manifest(path: str | PathLike[str], name: str = "path") -> dict[str, Any]:
     """What a folder of a sweep says of itself.
+
+    Args:
+        path: The folder.
+        name: What the user knows it by.
 
     Raises:
         ValueError: If it is none, or was written by a version whose columns are others.
@@ -149,11 +176,12 @@ def read_manifest(path: str | PathLike[str]) -> dict[str, Any]:
     manifest = Path(path) / MANIFEST
     try:
         about = json.loads(manifest.read_bytes())
-        version = about["schema"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"`path` must be the folder of a sweep, got {os.fspath(path)!r} ({error}).") from error
-    if version != SCHEMA:
-        raise ValueError(f"`path` must be a sweep with columns of version {SCHEMA}, got version {version}.")
+        if not isinstance(about, dict) or "schema" not in about:
+            raise ValueError(f"its {MANIFEST} is none")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`{name}` must be the folder of a sweep, got {os.fspath(path)!r} ({error}).") from error
+    if (version := about["schema"]) != SCHEMA:
+        raise ValueError(f"`{name}` must be a sweep with columns of version {SCHEMA}, got version {version}.")
     return about
 
 
@@ -182,13 +210,18 @@ def read_part(path: Path, table: str, sweep: str) -> Any:
         raise ValueError(f"{path} cannot be read ({error}).") from error
     if (about["table"], about["schema"], about["sweep"]) != (table, SCHEMA, sweep):
         raise ValueError(f"{path} belongs to another sweep.")
-    if not rows.schema.equals(schema(table)):  # the names and types of columns have no checksum
+    known = schema(table)
+    # the names and types of columns have no checksum
+    if any(field.name not in known.names or field.type != known.field(field.name).type for field in rows.schema):
         raise ValueError(f"{path} cannot be read (its columns are others).")
+    for place, field in enumerate(known):
+        if field.name not in rows.schema.names:  # written before there was such a column
+            rows = rows.add_column(place, field, pa.nulls(len(rows), field.type))
     return rows
 
 
 def read_sweep(path: str | PathLike[str], table: TableName | str = "prompts") -> "pd.DataFrame":
-    """The rows that a sweep has written, in the order of its prompts.
+    """The rows that a sweep has written, in the order of its prompts. An alert says how many prompts are not there yet.
 
     Args:
         path: Its folder.
@@ -202,6 +235,7 @@ def read_sweep(path: str | PathLike[str], table: TableName | str = "prompts") ->
         ValueError: If it is no folder of a sweep, or a part of it is damaged.
     """
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
     if table not in get_args(TableName):
         raise ValueError(f"`table` must be one of {list(get_args(TableName))}, got {table!r}.")
@@ -210,13 +244,16 @@ def read_sweep(path: str | PathLike[str], table: TableName | str = "prompts") ->
     if not parts:
         raise ValueError(f"`path` must be a sweep with rows, got {os.fspath(path)!r}, in which no part is finished.")
     try:
+        numbers = [pq.read_table(part, columns=["index"])["index"].to_pylist() for part in parts]
         rows = [read_part(Path(path) / table / part.name, table, sweep_of(about)) for part in parts]
     except (OSError, ValueError) as error:
         raise ValueError(f"{error} Run the sweep again: damaged parts are made anew.") from error
-    n_missing = int(parts[-1].stem.split("-")[1]) + 1 - len(parts)
-    if n_missing:
-        alert(f"{os.fspath(path)} lacks {n_missing} of its first parts: a run or shard of the sweep has not ended.")
-    found = pa.concat_tables(rows).to_pandas()
+    n_prompts, n_wanted = sum(map(len, numbers)), max(_wanted(Path(path)), numbers[-1][-1] + 1)
+    if n_prompts < n_wanted:
+        alert(f"{os.fspath(path)} has {n_prompts} of {n_wanted} prompts: a run or shard of the sweep has not ended.")
+    found: Any = pa.concat_tables(rows).to_pandas()
+    # while a part grows, its rows of prompts are written last
+    found = found[found["index"].isin([number for own in numbers for number in own])].reset_index(drop=True)
     found.attrs["sweep"] = about
     return found
 

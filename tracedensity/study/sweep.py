@@ -5,7 +5,9 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from operator import index
 from os import PathLike
+from os.path import isfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -29,6 +31,9 @@ PART_SIZE = 64
 
 _RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
 """Where torchrun and Slurm's srun say which of how many runs one is."""
+
+_TASK = "SLURM_ARRAY_TASK_"
+"""How variables begin in which Slurm says which task of an array one is."""
 
 _FEW = 200
 """So many prompts are done before a second process has loaded its model."""
@@ -137,9 +142,11 @@ def sweep(
     named = isinstance(model, str | os.PathLike)
     if loading and not named:
         raise ValueError("`loading` must be left out for a model that is loaded already.")
-    for name, number in {"limit": limit, "workers": workers, "threads": threads, "part_size": part_size}.items():
-        if number is not None and (not hasattr(number, "__index__") or number < 1):
-            raise ValueError(f"`{name}` must be at least 1, got {number!r}.")
+    numbers = {"limit": limit, "workers": workers, "threads": threads, "part_size": part_size}
+    for name, number in numbers.items():
+        if number is not None and (not hasattr(number, "__index__") or index(number) < 1):
+            raise ValueError(f"`{name}` must be at least 1 and a whole number, got {number!r}.")
+    limit, workers, threads, part_size = map(_index, numbers.values())  # as JSON and PyTorch know them
     if engine not in get_args(Engine):
         raise ValueError(f"`engine` must be one of {list(get_args(Engine))}, got {engine!r}.")
     if not named and (engine == "ray" or (workers or 1) > 1):
@@ -148,15 +155,28 @@ def sweep(
             "a folder, or take `workers=1`."
         )
     mine = _shard(shard)
-    cut = Cut(context_words, _numbers(context_tokens), per_document)
+    cut = Cut(_index(context_words), _numbers(context_tokens), _index(per_document))
+    if cut and options["position"] != -1:
+        raise ValueError(
+            f"`position` must be left out where text is cut, got {options['position']}: a context ends before its "
+            "target."
+        )
     corpus = Corpus.of(prompts, cut, column)
-    kept = tuple(float(each) for each in ([circuits] if isinstance(circuits, float | int) else circuits))
-    if wrong := [each for each in kept if not 0 < each <= 1]:
-        raise ValueError(f"`circuits` must be faithfulnesses above 0 and at most 1, got {wrong}.")
+    try:
+        kept = tuple(map(float, [circuits] if isinstance(circuits, float | int) else circuits))
+        wrong = isinstance(circuits, str) or not all(0 < each <= 1 for each in kept)
+    except (TypeError, ValueError):
+        kept, wrong = (), True
+    if wrong:
+        raise ValueError(f"`circuits` must be faithfulnesses above 0 and at most 1, got {circuits!r}.")
+    if counts is not None and not isinstance(counts, Counts):
+        counts = [counts] if isinstance(counts, str | PathLike) else [*counts]
+        if not counts or not all(map(isfile, counts)):
+            raise ValueError(f"`counts` must be counts, or text files that are there, got {[*map(str, counts)]}.")
 
     transformer = as_transformer(load_model(model, **loading))
     if counts is not None and not isinstance(counts, Counts):
-        counts = count_tokens(transformer, *([counts] if isinstance(counts, str | PathLike) else counts))
+        counts = count_tokens(transformer, *counts)
     if counts is not None and len(counts.of_token) != transformer.d_vocab:
         raise ValueError(
             f"`counts` must be of the model's own tokens, {transformer.d_vocab}, got {len(counts.of_token)}."
@@ -164,6 +184,7 @@ def sweep(
     about = {
         "model": transformer.name,
         "fingerprint": transformer.fingerprint(),
+        "tokenizer": transformer.tokenization,
         # the same weights, of which the last digits depend on these
         "held_by": type(transformer.model).__name__,
         "dtype": str(transformer.dtype).removeprefix("torch."),
@@ -178,18 +199,22 @@ def sweep(
         "circuits": kept,
     }
     work = Work(
-        model, transformer.fingerprint(), loading, options, sweep_of(about), counts, curves, kept, threads,
-        is_offloading(),
+        model, transformer.fingerprint(), transformer.tokenization, loading, options, sweep_of(about), counts, curves,
+        kept, threads, is_offloading(),
     )  # fmt: skip
     worker = Worker(work, transformer)
     worker.try_options()  # what is wrong for every prompt is refused before anything is written
-    n_prompts = sum(len(part.contexts) for part in _parts(corpus.contexts(transformer), part_size, limit, mine))
-    if not n_prompts and mine == (0, 1):
+    n_prompts = n_wanted = 0
+    for part in _parts(corpus.contexts(transformer), part_size, limit, (0, 1)):
+        n_wanted += len(part.contexts)
+        n_prompts += len(part.contexts) if part.number % mine[1] == mine[0] else 0
+    if not n_wanted:
         raise ValueError(
             "`prompts` must hold at least one prompt, got none: all text is too short to be cut, or empty."
         )
     folder = Folder.of(out, about, resume)
     folder.tidy()
+    folder.want(n_wanted)
     if workers is None:
         few = part_size if options["refine"] else _FEW  # a search takes longer than starting a process
         workers = 1 if not named or n_prompts <= few else usual_workers(transformer)
@@ -251,14 +276,20 @@ def _shard(given: str | tuple[int, int] | None) -> tuple[int, int]:
 def _said() -> tuple[int, int] | None:
     """Which of how many runs this is, by what Slurm and torchrun say; each task of an array may be several."""
     said = os.environ
-    ranks = [(int(said[rank]), int(said[of])) for rank, of in _RANKS if rank in said and of in said][:1]
-    if "SLURM_ARRAY_TASK_ID" in said:
-        number = int(said["SLURM_ARRAY_TASK_ID"])
+    ranks = [(_number(rank), _number(of)) for rank, of in _RANKS if rank in said and of in said][:1]
+    if _TASK + "ID" in said:
+        task = _number(_TASK + "ID")
         first, last, step = (
-            int(said.get(f"SLURM_ARRAY_TASK_{name}", usual))
-            for name, usual in (("MIN", 0), ("MAX", number), ("STEP", 1))
+            _number(_TASK + name) if _TASK + name in said else usual
+            for name, usual in (("MIN", 0), ("MAX", task), ("STEP", 1))
         )
-        ranks.insert(0, ((number - first) // step, (last - first) // step + 1))
+        n_tasks = (last - first) // step + 1
+        if _TASK + "COUNT" in said and _number(_TASK + "COUNT") != n_tasks:
+            raise ValueError(
+                f"`shard` must be written out where the array is a list: it has {said[_TASK + 'COUNT']} tasks from "
+                f'{first} to {last}, and those between would run what nobody does. "0/2" is the first of two.'
+            )
+        ranks.insert(0, ((task - first) // step, n_tasks))
     if not ranks:
         return None
     place, total = 0, 1
@@ -267,10 +298,29 @@ def _said() -> tuple[int, int] | None:
     return place, total
 
 
-def _numbers(given: int | Sequence[int] | None) -> tuple[int, ...]:
+def _number(variable: str) -> int:
+    try:
+        return int(os.environ[variable])
+    except ValueError as error:
+        raise ValueError(
+            f'`shard` must be written out, such as "0/8": {variable} must be a number, got {os.environ[variable]!r}.'
+        ) from error
+
+
+def _numbers(given: Any) -> tuple[int, ...]:
     if given is None:
         return ()
-    return tuple(given) if isinstance(given, Sequence) else (given,)
+    try:
+        if isinstance(given, str):
+            raise TypeError
+        return tuple(map(index, given)) if isinstance(given, Iterable) else (index(given),)
+    except TypeError as error:
+        raise ValueError(f"`context_tokens` must be a whole number or several, got {given!r}.") from error
+
+
+def _index(given: Any) -> Any:
+    """A whole number as JSON can hold it; anything else as it is."""
+    return index(given) if hasattr(given, "__index__") else given
 
 
 def _bar(n_prompts: int, shown: bool | None) -> Any:

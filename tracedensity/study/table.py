@@ -66,11 +66,11 @@ source          string         the file
 domain          string         what kind of text, if that was said
 group           string         prompts of one group have the same target and reach back differently far
 text            string         the prompt
-text_hash       string         16 digits of the SHA-256 of the text: the same prompt in other sweeps
+text_hash       string         SHA-256 of the text, or of tokens that part a character: the same prompt in other sweeps
 error           string         why there are no numbers; null if there are
 tokens          list<int32>    token ids, one that begins the sequence included
 n_tokens        int32          how many
-target          int32          token that comes next in the corpus
+target          int32          token that comes next in the corpus; null if not known, or where `position` is given
 target_text     string         its text
 top_token       int32          token that the model finds most probable
 top_text        string         its text
@@ -110,6 +110,8 @@ versions        string         of tracedensity, TransformerLens and torch
 threshold       double         faithfulness to reach
 size            int64          edges of the smallest circuit that reaches it
 stable_size     int64          of the smallest from which on all larger ones reach it
+robust_size     int64          of the smallest that reaches it under every ablation of `robust`; null without
+pruned_size     int64          edges of the smallest on a path to the logits; null on the token graph, or if refined
 fraction        double         size as a share of all edges
 stable_fraction double         the other as a share
 per_token       double         size over the tokens of the prompt
@@ -173,12 +175,14 @@ def context_row(context: Context, tokens: Int[Tensor, " pos"] | None, target: in
     own = ids if ids is not None else []
     inner = own[len(model.beginning) :] if tuple(own[: len(model.beginning)]) == model.beginning else own
     text = written(context.prompt if isinstance(context.prompt, str) else model.text(inner))
+    # pieces of a character all read alike, so that only their tokens tell them apart
+    torn = not isinstance(context.prompt, str) and "\N{REPLACEMENT CHARACTER}" in text
     return {
         "source": context.source,
         "domain": context.domain or None,
         "group": context.group or None,
         "text": text,
-        "text_hash": text_hash(text),
+        "text_hash": text_hash(f"{model.vocabulary} {inner}" if torn else text),
         "error": context.error or None,
         "tokens": ids,
         "n_tokens": None if ids is None else len(ids),
@@ -320,6 +324,7 @@ def _threshold_rows(curve: DensityCurve, content: _Content) -> list[Row]:
         n_components = content.of_size[row["size"]]["n_components"]
         rows.append({
             **{name: row[name] for name in ("threshold", "size", "stable_size", "fraction", "stable_fraction")},
+            **{name: row.get(name) for name in ("robust_size", "pruned_size")},
             "per_token": row["size"] / len(curve.provenance.token_ids),
             "n_components": n_components,
             "component_share": n_components / len(content.entered),

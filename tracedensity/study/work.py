@@ -90,6 +90,7 @@ class Work:
     Attributes:
         model: Name or folder of the model, or the model itself.
         fingerprint: Hash of its weights.
+        tokenizer: Hash of its tokenizer.
         loading: How it is loaded, as `load_model` takes it.
         options: Options of `td.density`, all of them.
         sweep: What the files say of the sweep that they belong to.
@@ -102,6 +103,7 @@ class Work:
 
     model: Any
     fingerprint: str
+    tokenizer: str
     loading: Mapping[str, Any]
     options: Mapping[str, Any]
     sweep: str
@@ -113,12 +115,17 @@ class Work:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What tells it from other work, so that a process may keep its model."""
-        return self.sweep, str(self.model), repr(sorted(self.loading.items())), self.offload
+        """What tells it from other work."""
+        return self.sweep, self.offload, self.model_key
+
+    @property
+    def model_key(self) -> tuple[object, ...]:
+        """What tells its model from others, so that a process may keep it for other work."""
+        return str(self.model), self.fingerprint, self.tokenizer, repr(sorted(self.loading.items()))
 
     def kept(self, number: int) -> list[str]:
         """Files of a prompt's own."""
-        circuits = [f"circuits/{number:07d}-{each:g}.safetensors" for each in self.circuits]
+        circuits = [f"circuits/{number:07d}-{each!r}.safetensors" for each in self.circuits]
         return [*([f"curves/{number:07d}.safetensors"] if self.curves else []), *circuits]
 
 
@@ -145,7 +152,14 @@ def density_options(given: Mapping[str, Any]) -> dict[str, Any]:
                 f"`{name}` must be numbers or names in a sweep, which writes down how it was made, got a "
                 f"{type(value).__name__}."
             ) from error
-    usual["thresholds"] = tuple(map(float, usual["thresholds"]))  # 1 and 1.0 are one threshold
+    try:
+        if isinstance(usual["thresholds"], str):
+            raise TypeError
+        usual["thresholds"] = tuple(map(float, usual["thresholds"]))  # 1 and 1.0 are one threshold
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`thresholds` must be several numbers, got {usual['thresholds']!r}.") from error
+    if type(usual["position"]) is not int:
+        raise ValueError(f"`position` must be a whole number, got {usual['position']!r}.")
     return usual
 
 
@@ -180,11 +194,15 @@ class Worker:
         if self.loaded is not None:
             return self.loaded
         model = as_transformer(load_model(self.work.model, **self.work.loading))
-        if (found := model.fingerprint()) != self.work.fingerprint:
-            raise ValueError(
-                f"`model` must be the same for all workers, got {found} for {self.work.model!r} and "
-                f"{self.work.fingerprint} elsewhere."
-            )
+        for what, found, first in (
+            ("weights", model.fingerprint(), self.work.fingerprint),
+            ("a tokenizer", model.tokenization, self.work.tokenizer),
+        ):
+            if found != first:
+                raise ValueError(
+                    f"`model` must be the same for all workers, got {what} of hash {found!r} for {self.work.model!r} "
+                    f"and {first!r} elsewhere."
+                )
         return model
 
     @cached_property
