@@ -136,13 +136,14 @@ def _phases(contents: "Contents", theme: Theme | str) -> go.Figure:
     for name, key, colour in looks:
         if name not in table.columns:
             continue
-        _band(figure, table[table[name].notna()], name, "circuits" if key == "circuits" else "random circuits", colour)
+        shown = "circuits" if key == "circuits" else "random circuits"
+        _band(figure, table[table[name].notna()], name, shown, colour)
         phases = contents.phases.get(key)
         if phases is not None and phases.break_at is not None:
             figure.add_vline(x=phases.break_at, line={"color": colour, "dash": "dot", "width": 1.5})
-            said.append(f"{key}: break at {percent(phases.break_at)} of all edges")
+            said.append(f"{shown}: break at {percent(phases.break_at)} of all edges")
         elif phases is not None:
-            said.append(f"{key}: no break")
+            said.append(f"{shown}: no break")
     figure.update_xaxes(title="size (share of all edges)", **share_ticks(100_000))
     figure.update_yaxes(title="faithfulness", range=[0, 1.02])
     return finished(figure, "Are there two phases?", said, plot_height=320, theme=theme)

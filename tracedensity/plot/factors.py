@@ -63,11 +63,12 @@ def plot_factors(factors: "Factors", outcome: str | None = None, *, theme: Theme
             + "<extra></extra>",
         )  # fmt: skip
     names = [each.replace("_", " ") for each in table["covariate"]]
+    at = [] if asked in AREAS else [f"faithfulness {factors.threshold:g}"]
     figure.update_yaxes(tickvals=place, ticktext=[label(each) for each in names], range=[-0.6, len(table) - 0.4])
     figure.update_xaxes(title="Spearman correlation", range=[-1.02, 1.02])
     return finished(
         figure, f"What {_about(asked)} goes with",
-        [f"{table['n'].max()} prompts", f"{factors.n_documents} documents", f"faithfulness {factors.threshold:g}"],
+        [f"{table['n'].max()} prompts", f"{factors.n_documents} documents", *at],
         plot_height=_ROW * max(4, len(table)), theme=theme, left=132,
         remark="Filled: p < 0.05 after Holm's correction. Controls: " + ", ".join(factors.controls) + ".",
     )  # fmt: skip

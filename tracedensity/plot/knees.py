@@ -34,7 +34,8 @@ def plot_thresholds(thresholds: "Thresholds", *, theme: Theme | str = "light") -
         x=thresholds.shares, y=1 - thresholds.segments.fitted, mode="lines", name="straight pieces",
         line={"color": COLOURS["residual"], "width": 1.5, "dash": "dash"}, hoverinfo="skip",
     )  # fmt: skip
-    for how, colour in (("knee", COLOURS["head"]), ("segments", COLOURS["mlp"])):
+    # the second mark is smaller, so that both are seen where they agree
+    for how, colour, size in (("knee", COLOURS["head"], 14), ("segments", COLOURS["mlp"], 8)):
         choice, again = thresholds.choices[how], thresholds.again.get(how, np.empty(0))
         height = -0.04 if how == "knee" else -0.1
         if len(again):
@@ -48,7 +49,7 @@ def plot_thresholds(thresholds: "Thresholds", *, theme: Theme | str = "light") -
         if choice.share is not None:
             figure.add_scatter(
                 x=[choice.share], y=[choice.faithfulness], mode="markers", name=how,
-                marker={"color": colour, "size": 12, "symbol": "diamond"},
+                marker={"color": colour, "size": size, "symbol": "diamond"},
                 hovertemplate=f"{how}: %{{x:.2~%}} of all edges, faithfulness %{{y:.3f}}<extra></extra>",
             )  # fmt: skip
     figure.update_xaxes(title="size (share of all edges)", **share_ticks(100_000))
