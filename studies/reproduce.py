@@ -62,7 +62,8 @@ def main(
         spent(study.name, begun, done.n_made > 0)
         n_prompts, n_sweeps = n_prompts + done.n_prompts, n_sweeps + 1
     begun = time.monotonic()
-    n_prompts, n_sweeps = n_prompts + checkpoints(places, counts, tokens, max(contexts // 5, 12)), n_sweeps + 6
+    swept = checkpoints(places, counts, tokens, max(contexts // 5, 12))
+    n_prompts, n_sweeps = n_prompts + sum(done.n_prompts for done in swept), n_sweeps + len(swept)
     spent("training", begun)
     begun = time.monotonic()
     seconds.pop("findings", None)  # which are made anew
@@ -76,8 +77,8 @@ def main(
     typer.echo(f"{page} written. All of it took {took}.")
 
 
-def checkpoints(places: Places, counts: dict[tuple[str, str], Any], tokens: int, n: int) -> int:
-    """Train for a short time, and sweep six models of the way; how many prompts that were."""
+def checkpoints(places: Places, counts: dict[tuple[str, str], Any], tokens: int, n: int) -> list[td.Sweep]:
+    """Train for a short time, and sweep six models of the way."""
     folder = places.out / "training"
     tokenizer = Path(td.__file__).parent / "assets" / "tokenizer" / "tokenizer.json"
     threads = torch.get_num_threads()
@@ -88,13 +89,13 @@ def checkpoints(places: Places, counts: dict[tuple[str, str], Any], tokens: int,
         threads=os.cpu_count() or 1,
     )  # fmt: skip
     torch.set_num_threads(threads)
-    n_prompts = 0
+    swept = []
     for path in td.study.checkpoints(folder / "steps"):
         done = run(of_checkpoints(n), places, counts, checkpoint=path)
         assert done is not None
         typer.echo(f"{path.name}: {done}")
-        n_prompts += done.n_prompts
-    return n_prompts
+        swept.append(done)
+    return swept
 
 
 def written(found: Mapping[str, Finding], images: Path, about: Mapping[str, object]) -> str:

@@ -18,7 +18,7 @@ import tracedensity as td
 from studies.corpora import ASSETS, LENGTHS, NULL, TRAINED, Places, shuffle, studies
 from studies.findings import FINDINGS, Finding, Sweeps
 from studies.findings.answer import verdict_of
-from studies.findings.dynamic import _given_length, intraclass
+from studies.findings.dynamic import intraclass, ratio_given_length
 from studies.reproduce import ROOT, written
 
 
@@ -33,13 +33,13 @@ def test_verdicts_say_where_a_rule_holds():
     assert verdict_of({"x": many}) == "It depends (in 6 of 12: x)"
 
 
-def test_a_ratio_given_length_leaves_out_what_length_makes():
+def test_a_ratioratio_given_length_leaves_out_what_length_makes():
     generator = np.random.default_rng(0)
     length, own = generator.integers(10, 80, 4000).astype(float), generator.normal(0, 0.1, 4000)
     both = np.stack([own - 0.7 * np.log10(length), np.log(length)], axis=1)
     expected = 10 ** np.diff(np.quantile(own, [0.1, 0.9]))[0]
-    assert _given_length(both) == pytest.approx(expected, rel=0.02)
-    assert _given_length(np.stack([own, np.full(4000, 3.0)], axis=1)) == pytest.approx(expected)
+    assert ratio_given_length(both) == pytest.approx(expected, rel=0.02)
+    assert ratio_given_length(np.stack([own, np.full(4000, 3.0)], axis=1)) == pytest.approx(expected)
 
 
 def test_the_null_control_has_the_entries_of_a_trained_model_elsewhere(tmp_path: Path):
@@ -64,22 +64,6 @@ def test_intraclass_is_that_of_the_analysis_of_variance():
     uneven = np.repeat(np.arange(80), np.arange(80) % 10 + 1)
     shared = intraclass(generator.normal(0, 2, 80)[uneven] + generator.normal(0, 1, len(uneven)), uneven)
     assert shared == pytest.approx(0.8, abs=0.1)
-
-
-def test_the_page_asks_for_what_is_found(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(go.Figure, "write_image", lambda self, path, **_: Path(path).write_bytes(b""))
-    also = {
-        "a": {"ratios": "R", "null": "N"}, "b": {"bound": "B"}, "c": {"wikitext": "W", "books": "B"},
-        "e": {"areas": "| a |"},
-    }  # fmt: skip
-    figures = {letter: {"": go.Figure()} for letter in FINDINGS}
-    figures["f"]["predictions"] = go.Figure()
-    found = {letter: Finding("Yes", "| t |", figures[letter], also.get(letter, {})) for letter in FINDINGS}
-    about = {"contexts": 1, "sweeps": 2, "prompts": 3, "tokens": 4, "took": "Long."}
-    page = written(found, tmp_path / "images", about)
-    assert "$" not in page and "Long." in page
-    shown = set(re.findall(r"\(images/(finding[^)]+)\)", page))
-    assert shown == {path.name for path in (tmp_path / "images").iterdir()}
 
 
 def test_every_model_is_swept_for_every_question(tmp_path: Path):
@@ -158,7 +142,7 @@ def test_verdicts_are_those_of_what_was_planted(answers):
     assert verdicts["a"] == (
         "It depends: published sparse; tight dense" if planted_there else "Reproduced: published dense; tight dense"
     )
-    assert verdicts["g"] == "The area, from checkpoint to checkpoint: no change, up"
+    assert verdicts["g"] == "The area, from checkpoint to checkpoint: no clear change, up"
     if planted_there:
         assert verdicts["b"] == verdicts["f"] == "Reproduced"
         assert verdicts["c"].startswith("Reproduced; ")
@@ -169,7 +153,7 @@ def test_verdicts_are_those_of_what_was_planted(answers):
         # of twenty components that enter anywhere, few are in small circuits
         assert verdicts["e"].startswith("It depends (yes: fraction, size, per token, later fraction, area, area of one")
         assert "component share)" in verdicts["e"]
-        assert verdicts["e"].endswith("; that of shuffled weights falls as well by per token")
+        assert verdicts["e"].endswith("; with shuffled weights density falls as well by per token")
     else:
         assert verdicts["d"] == verdicts["f"] == "Not reproduced"
         assert verdicts["c"].startswith("Not reproduced; ")
@@ -186,3 +170,14 @@ def test_tables_have_a_row_for_each_sweep_and_no_unknown_number(answers):
     for each in found.values():
         assert "nan" not in each.table.lower() and all(len(figure.data) for figure in each.figures.values())
         assert all(line.count("|") == each.table.splitlines()[0].count("|") for line in each.table.splitlines())
+
+
+def test_the_page_asks_for_what_is_found(answers, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(go.Figure, "write_image", lambda self, path, **_: Path(path).write_bytes(b""))
+    about = {"contexts": 1, "sweeps": 2, "prompts": 3, "tokens": 4, "took": "long"}
+    page = written(answers[1], tmp_path / "images", about)
+    assert "$" not in page and "long" in page
+    shown = set(re.findall(r"\(images/(finding[^)]+)\)", page))
+    assert shown == {path.name for path in (tmp_path / "images").iterdir()}
+    for each in answers[1].values():
+        assert each.verdict in page and each.table in page

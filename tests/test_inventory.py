@@ -64,6 +64,7 @@ def test_a_planted_break_is_found_with_its_slopes(bend: float):
     assert abs(np.log10(found.break_at) - bend) <= step
     assert found.low <= found.break_at <= found.high and found.found == 1
     assert found.slopes == pytest.approx((0.05, 0.45), abs=0.03) and found.gain > 10
+    assert not found.at_edge and found.low < found.break_at < found.high  # known to half a step
 
 
 def test_a_straight_curve_has_one_phase():

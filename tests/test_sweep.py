@@ -30,6 +30,7 @@ from tracedensity.model.offload import is_offloading
 from tracedensity.study import engines, work
 from tracedensity.study.comparison import unique_prompts
 from tracedensity.study.contexts import Context
+from tracedensity.study.folder import Folder
 from tracedensity.study.sweep import _shard
 from tracedensity.study.table import TABLES
 from tracedensity.study.work import Part, Work, Worker, density_options
@@ -646,7 +647,7 @@ def test_several_processes_write_what_one_writes(tmp_path):
 
 
 def test_a_slow_disk_that_gets_full_ends_the_run_of_several_processes(tmp_path):
-    """More is done than is written, so that joblib's thread waits to hand out more when the error comes."""
+    """More is done than is written, and waits, when the error comes."""
     script = (
         "import sys, time, tracedensity as td\n"
         "from tracedensity.study.folder import Folder\n"
@@ -669,6 +670,33 @@ def test_a_slow_disk_that_gets_full_ends_the_run_of_several_processes(tmp_path):
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_slow_disk_holds_several_processes_up_and_no_more(tmp_path, monkeypatch):
+    def write(self: Folder, name: str, content: bytes) -> None:
+        time.sleep(0.3)  # a part takes less
+        usual(self, name, content)
+
+    usual = Folder.write
+    monkeypatch.setattr(Folder, "write", write)
+    given = {"part_size": 1, "thresholds": (0.5,), "baselines": False, "progress": False}
+    done = td.sweep("books-gpt2", [[0, each] for each in range(30)], tmp_path / "sweep", workers=2, **given)
+    assert (done.n_made, done.n_errors, len(done.table())) == (30, 0, 30)
+
+
+def test_memory_is_that_of_the_group_of_processes(tmp_path):
+    def say(path: str, text: str) -> None:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+
+    assert engines._main_memory(tmp_path) == psutil.virtual_memory().total  # where nothing says anything
+    say("proc/self/cgroup", "9:name=systemd:/\n4:memory:/job/7\n0::/slice/job\n")
+    say("sys/fs/cgroup/slice/job/memory.max", "max\n")
+    assert engines._main_memory(tmp_path) == psutil.virtual_memory().total
+    say("sys/fs/cgroup/slice/memory.max", "3000000\n")
+    assert engines._main_memory(tmp_path) == 3_000_000
+    say("sys/fs/cgroup/memory/job/7/memory.limit_in_bytes", "2000000\n")
+    assert engines._main_memory(tmp_path) == 2_000_000
 
 
 def test_tokens_that_part_a_character_are_prompts_of_their_own(tmp_path):

@@ -1,10 +1,10 @@
 """What answers are made of: the tables of all sweeps, intervals, verdicts and the page's tables."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import plotly.graph_objects as go
@@ -15,12 +15,17 @@ from studies.corpora import NULL, TRAINED
 from tracedensity.plot.theme import COLOURS, percent
 from tracedensity.study.statistics import codes, holm, interval, rank_correlations, resampled
 
+T = TypeVar("T", bound=Hashable)
+
 SIGNIFICANT = 0.05
 
 HUES: Mapping[str, str] = {
     name: COLOURS[hue] for name, hue in zip((*TRAINED, NULL), ("head", "mlp", "circuit", "residual"), strict=True)
 }
 """The colour of each model."""
+
+PERMUTATIONS = 10_000
+"""As many as studies draw if nothing is said."""
 
 _NAMED = 3
 """So many sweeps are named where a rule holds for some of them."""
@@ -72,8 +77,10 @@ class Sweeps:
     def path(self, model: str, corpus: str = "wikitext", kind: str = "norm") -> Path:
         return self.folder / f"{model}-{corpus}-{kind}"
 
-    def prompts(self, model: str, corpus: str = "wikitext", kind: str = "norm", table: str = "prompts") -> Any:
-        return td.read_sweep(self.path(model, corpus, kind), table)
+    def rows(self, model: str, corpus: str = "wikitext", kind: str = "norm", table: str = "prompts") -> Any:
+        """A table of a sweep, without prompts that have an error."""
+        found: Any = td.read_sweep(self.path(model, corpus, kind), table)
+        return found[found["error"].isna()].reset_index(drop=True) if "error" in found.columns else found
 
     def interval(self, values: Any, document: Any, of: Callable[[Any], Any]) -> tuple[float, float]:
         """The interval of a statistic, over documents."""
@@ -93,17 +100,21 @@ def of_sweep(model: str, corpus: str) -> str:
     return model if corpus == "wikitext" else f"{model} on {corpus}"
 
 
+def word_of(holds: Holds) -> str:
+    """The verdict in a word or two."""
+    every = [each for where in holds.values() for each in where.values()]
+    return "Reproduced" if all(every) else "It depends" if any(every) else "Not reproduced"
+
+
 def verdict_of(holds: Holds) -> str:
     """From what was asked, and of which sweeps it is so."""
-    every = [each for where in holds.values() for each in where.values()]
-    if all(every):
-        return "Reproduced"
-    if not any(every):
-        return "Not reproduced"
+    word = word_of(holds)
+    if word != "It depends":
+        return word
     kinds: dict[str, list[str]] = {}
     for name, where in holds.items():
         kinds.setdefault(_where(where), []).append(name)
-    return "It depends (" + "; ".join(f"{where}: {', '.join(names)}" for where, names in kinds.items()) + ")"
+    return f"{word} (" + "; ".join(f"{where}: {', '.join(names)}" for where, names in kinds.items()) + ")"
 
 
 def _where(where: Mapping[str, bool]) -> str:
@@ -116,14 +127,19 @@ def _where(where: Mapping[str, bool]) -> str:
     return f"yes, but for {' and '.join(no)}" if len(no) <= _NAMED else f"in {len(yes)} of {len(where)}"
 
 
-def corrected(found: Iterable[Any], names: Sequence[str]) -> None:
-    """Correct p values for the number of all tests in several tables, in place."""
-    tables = [each.table for each in found]
-    p = [table[name].to_numpy(float) for table in tables for name in names]
+def corrected(found: Mapping[T, Any], names: Sequence[str], n_permutations: int) -> dict[T, Any]:
+    """The tables of several studies, p values corrected for the number of all tests in them.
+
+    Raises:
+        ValueError: If there are so many tests that the least p of so many permutations would not do.
+    """
+    tables = {key: each.table for key, each in found.items()}
+    p = [table[name].to_numpy(float) for table in tables.values() for name in names]
+    n_tests = int(np.isfinite(np.concatenate(p)).sum())
+    if n_tests / (1 + n_permutations) > SIGNIFICANT / 2:
+        raise ValueError(f"{n_tests} tests need more than {n_permutations} permutations.")
     together = iter(np.split(holm(np.concatenate(p)), np.cumsum([len(each) for each in p])[:-1]))
-    for table in tables:
-        for name in names:
-            table[f"{name}_holm"] = next(together)
+    return {key: table.assign(**{f"{name}_holm": next(together) for name in names}) for key, table in tables.items()}
 
 
 def table_of(rows: Sequence[Row]) -> str:

@@ -19,7 +19,7 @@ from studies.findings.answer import (
     each_of,
     shares,
     table_of,
-    verdict_of,
+    word_of,
 )
 from tracedensity.plot.theme import finished
 
@@ -30,14 +30,14 @@ TARGET = THRESHOLDS[-1]
 _APART = 0.012  # of faithfulness, so that bars at one threshold do not hide each other
 
 
-def dense(sweeps: Sweeps) -> Finding:
+def find(sweeps: Sweeps) -> Finding:
     """How many edges the median context needs, by both estimators."""
     rows: list[Row] = []
     words: dict[str, dict[str, dict[str, str]]] = {"published": {}, "tight": {}}
     figure = go.Figure()
 
     def add(model: str, corpus: str, kind: str, estimator: str) -> None:
-        known = sweeps.prompts(model, corpus, kind, "thresholds")
+        known = sweeps.rows(model, corpus, kind, "thresholds")
         at = {threshold: known[known["threshold"] == threshold] for threshold in THRESHOLDS}
         found = {threshold: _median(sweeps, each) for threshold, each in at.items()}
         row: Row = {"model": model, "text": corpus, "estimator": estimator}
@@ -75,13 +75,13 @@ def dense(sweeps: Sweeps) -> Finding:
         }
         for estimator, found in words.items()
     }
-    short = verdict_of(holds).split(" (")[0]
     kinds = "; ".join(f"{estimator} {_said(found)}" for estimator, found in words.items())
     also = {
         "ratios": each_of(sweeps.trained, lambda model: _ratio(sweeps, model)),
+        "entropy": each_of(sweeps.models, lambda model: f"{sweeps.rows(model)['entropy'].median():.2f}"),
         "null": each_of(sweeps.models, lambda model: _gain(sweeps, model)),
     }
-    return Finding(f"{short}: {kinds}", table_of(rows), {"": figure}, also)
+    return Finding(f"{word_of(holds)}: {kinds}", table_of(rows), {"": figure}, also)
 
 
 def _said(words: dict[str, dict[str, str]]) -> str:
@@ -97,7 +97,7 @@ def _said(words: dict[str, dict[str, str]]) -> str:
 
 def _ratio(sweeps: Sweeps, model: str) -> str:
     """Size of the published circuits over that of the tight ones, of the same contexts."""
-    tight, published = (sweeps.prompts(model, kind=kind, table="thresholds") for kind in ("tight", "norm"))
+    tight, published = (sweeps.rows(model, kind=kind, table="thresholds") for kind in ("tight", "norm"))
     both = tight.merge(published, on=["id", "threshold"], suffixes=("", "_published"))
     both = both[both["threshold"] == TARGET]
     ratio = np.log(both["size_published"].to_numpy(float) / both["size"].to_numpy(float))
@@ -107,7 +107,7 @@ def _ratio(sweeps: Sweeps, model: str) -> str:
 
 def _gain(sweeps: Sweeps, model: str) -> str:
     """How much larger the area of random circuits is."""
-    known = sweeps.prompts(model)
+    known = sweeps.rows(model)
     gain = (known["auc_random"] - known["auc_coarse"]).to_numpy(float)
     low, high = sweeps.interval(gain, known["document"], np.mean)
     return f"{gain.mean():.2f} ({low:.2f} to {high:.2f}, above zero for {(gain > 0).mean():.0%})"

@@ -20,27 +20,28 @@ RANGE = 3
 _TARGET = THRESHOLDS[-1]
 
 
-def dynamic(sweeps: Sweeps) -> Finding:
+def find(sweeps: Sweeps) -> Finding:
     """How far sizes differ between contexts of one length, and how much of the area's variance is noise."""
     rows: list[Row] = []
     holds: Holds = {}
     figure = go.Figure()
     for model in sweeps.models:
-        known = unique_prompts(sweeps.prompts(model))
-        other = unique_prompts(sweeps.prompts(model, kind="flow"))
+        known = unique_prompts(sweeps.rows(model))
+        other = unique_prompts(sweeps.rows(model, kind="flow"))
         row: Row = {"model": model}
         for threshold in THRESHOLDS:
             size = outcome_of(known, "fraction", threshold)
             both = np.stack([size, np.log(known["n_tokens"].to_numpy(float))], axis=1)
-            given = (_given_length(both), *sweeps.interval(both, known["document"], _given_length))
+            given = (ratio_given_length(both), *sweeps.interval(both, known["document"], ratio_given_length))
             row[f"90th / 10th at {threshold:g}"] = f"{_ratio(size):.1f}; given length {as_number(given, '.1f')}"
             if model != NULL:
                 holds.setdefault(f"sizes differ at {threshold:g}", {})[model] = given[1] >= RANGE
         halves = np.array([half_areas(*each) for each in zip(known["sizes"], known["faithfulness"], strict=True)])
         upper = sweeps.correlation(halves, known["document"])
         area = outcome_of(known, "area")
-        mine = area[known.index.get_indexer(other.index)]
-        lower = sweeps.correlation(np.stack([mine, outcome_of(other, "area")], axis=1), other["document"])
+        both = known.loc[known.index.intersection(other.index)], other.loc[known.index.intersection(other.index)]
+        areas = np.stack([outcome_of(each, "area") for each in both], axis=1)
+        lower = sweeps.correlation(areas, both[0]["document"])
         rows.append({
             **row,
             "correlation of halves": as_number(upper),
@@ -62,7 +63,7 @@ def dynamic(sweeps: Sweeps) -> Finding:
     )  # fmt: skip
     figure.update_xaxes(title="share of all edges", **shares())
     figure.update_yaxes(title="share of contexts", tickformat=".0%")
-    bound = each_of(sweeps.trained, lambda model: f"{_most(sweeps.prompts(model)):.1f}")
+    bound = each_of(sweeps.trained, lambda model: f"{_most(sweeps.rows(model)):.1f}")
     return Finding(verdict_of(holds), table_of(rows), {"": figure}, {"bound": bound})
 
 
@@ -70,7 +71,7 @@ def _ratio(log_size: Float[np.ndarray, " row"]) -> float:
     return float(10 ** (np.quantile(log_size, 0.9) - np.quantile(log_size, 0.1)))
 
 
-def _given_length(both: Float[np.ndarray, "row 2"]) -> float:
+def ratio_given_length(both: Float[np.ndarray, "row 2"]) -> float:
     """The ratio of what a straight line over the logarithm of the length leaves of log10 of size."""
     size, length = both.T
     slope, _ = np.polyfit(length, size, 1) if np.ptp(length) > 0 else (0.0, 0.0)

@@ -9,6 +9,7 @@ import tracedensity as td
 from studies.corpora import NULL, THRESHOLDS
 from studies.findings.answer import (
     HUES,
+    PERMUTATIONS,
     Finding,
     Holds,
     Row,
@@ -27,12 +28,12 @@ CEILING = 0.5
 _AREAS = {"area": "area", "auc_of_edges": "area of one edge or more"}
 
 
-def long(sweeps: Sweeps) -> Finding:
+def find(sweeps: Sweeps) -> Finding:
     """Slopes of density over the length of the context, for the same targets, counted in every way."""
     found: dict[tuple[str, float], Any] = {}
     full: dict[tuple[str, float], float] = {}
     for model in sweeps.models:
-        nested = sweeps.prompts(model, kind="nested")
+        nested = sweeps.rows(model, kind="nested")
         for threshold in THRESHOLDS:
             # areas have no threshold
             outcomes = [*SIZES, *(_AREAS if threshold == THRESHOLDS[-1] else [])]
@@ -40,15 +41,15 @@ def long(sweeps: Sweeps) -> Finding:
                 nested, outcomes=outcomes, threshold=threshold, n_bootstrap=sweeps.n_draws
             )
             full[model, threshold] = float((outcome_of(nested, "component_share", threshold) > -1e-9).mean())
-    corrected(found.values(), ("p",))
+    tests = corrected(found, ("p",), PERMUTATIONS)
     rows: list[Row] = []
     areas: dict[str, Row] = {}
     holds: Holds = {}
     rises: Holds = {}
     untrained: Holds = {}
-    for (model, threshold), lengths in found.items():
+    for (model, threshold), table in tests.items():
         row: Row = {"model": model, "at": f"{threshold:g}"}
-        for each in lengths.table.to_dict("records"):
+        for each in table.to_dict("records"):
             outcome = str(each["outcome"])
             name = _AREAS.get(outcome, outcome.replace("_", " "))
             mark = star(each["p_holm"])
@@ -56,7 +57,7 @@ def long(sweeps: Sweeps) -> Finding:
             where = model if outcome in _AREAS else f"{model} at {threshold:g}"
             if outcome in _AREAS:
                 areas.setdefault(model, {"model": model})[name] = said
-            elif outcome == "component_share" and full[model, threshold] > CEILING:
+            elif outcome == "component_share" and full[model, threshold] >= CEILING:
                 row[name] = f"{said}, at its ceiling in {full[model, threshold]:.0%}"
                 continue
             else:
@@ -67,12 +68,12 @@ def long(sweeps: Sweeps) -> Finding:
             else:
                 holds.setdefault(name, {})[where] = falls
                 rises.setdefault(name, {})[where] = grows
-        rows.append({**row, "targets": lengths.table["n"].to_numpy().max()})
+        rows.append({**row, "targets": table["n"].to_numpy().max()})
     verdict = verdict_of(holds)
     if up := [name for name, each in rises.items() if all(each.values())]:
         verdict += f"; it rises everywhere by {', '.join(up)}"
     if down := [name for name, each in untrained.items() if all(each.values())]:
-        verdict += f"; that of {NULL} weights falls as well by {', '.join(down)}"
+        verdict += f"; with {NULL} weights density falls as well by {', '.join(down)}"
     return Finding(verdict, table_of(rows), {"": _figure(found)}, {"areas": table_of([*areas.values()])})
 
 

@@ -8,16 +8,13 @@ import plotly.graph_objects as go
 import tracedensity as td
 from studies.corpora import NULL
 from studies.findings.answer import Estimate, Finding, Holds, Row, Sweeps, as_number, of_sweep, table_of, verdict_of
-from tracedensity.evaluation import RELATIVE_SIZES
-from tracedensity.study.grid import on_grid
 from tracedensity.study.inventory import shortest_path
-from tracedensity.study.knees import segments
 
 NEARER = 0.05
 """Total variation distance by which small circuits are nearer to the frequencies of tokens to count as shallow."""
 
 
-def phases(sweeps: Sweeps) -> Finding:
+def find(sweeps: Sweeps) -> Finding:
     """Where mean curves break, and whether small circuits predict what is frequent."""
     rows: list[Row] = []
     holds: Holds = {}
@@ -32,7 +29,7 @@ def phases(sweeps: Sweeps) -> Finding:
             share, nearer = _nearer(sweeps, model, corpus)
             rows.append({
                 "model": model, "text": corpus, "break": _break(circuits),
-                "three pieces": _pieces(sweeps, model, corpus),
+                "three pieces": _pieces(circuits),
                 "break of random circuits": "not run" if random is None else _break(random),
                 "top token in half from": f"{lasting.iloc[0]:.2%}",
                 "nearest to the frequencies at": f"{share:.2%}", "nearer than the model by": as_number(nearer),
@@ -51,19 +48,12 @@ def phases(sweeps: Sweeps) -> Finding:
     return Finding(verdict_of(holds), table_of(rows), figures, {})
 
 
-def _pieces(sweeps: Sweeps, model: str, corpus: str) -> str:
+def _pieces(each: Any) -> str:
     """Where the mean curve breaks if it may break twice, and how steep its pieces are."""
-    prompts = sweeps.prompts(model, corpus)
-    x = np.log10(RELATIVE_SIZES)
-    able = 10**x * float(prompts["n_edges"].median()) >= shortest_path(prompts)
-    curves = [on_grid(*row)[able] for row in zip(prompts["sizes"], prompts["faithfulness"], strict=True)]
-    found = segments(x[able], np.mean(curves, axis=0))
-    if found.n_segments < 3:
+    if len(each.breaks) < 2:
         return "no better"
-    edges = [x[able][0], *found.breaks, x[-1]]
-    slopes = np.diff(np.interp(edges, x[able], found.fitted)) / np.diff(edges)
-    slopes_ = ", ".join(f"{each:.2f}" for each in slopes)
-    return f"at {10 ** found.breaks[0]:.2%} and {10 ** found.breaks[1]:.2%}; {slopes_}"
+    places = " and ".join(f"{place:.2%}" for place in each.breaks)
+    return f"at {places}; {', '.join(f'{slope:.2f}' for slope in each.all_slopes)}"
 
 
 def _nearer(sweeps: Sweeps, model: str, corpus: str) -> tuple[float, Estimate]:
@@ -71,7 +61,7 @@ def _nearer(sweeps: Sweeps, model: str, corpus: str) -> tuple[float, Estimate]:
 
     Among sizes that can lead from an embedding to the prediction; the best of these is taken in each resampling anew.
     """
-    points, prompts = sweeps.prompts(model, corpus, table="points"), sweeps.prompts(model, corpus)
+    points, prompts = sweeps.rows(model, corpus, table="points"), sweeps.rows(model, corpus)
     far = points.pivot(index="index", columns="share", values="unigram_tv")
     distance = far.to_numpy(float)
     able = np.array(far.columns) * float(prompts["n_edges"].median()) >= shortest_path(prompts)

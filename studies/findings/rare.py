@@ -4,16 +4,28 @@ from typing import Any
 
 import tracedensity as td
 from studies.corpora import NULL, THRESHOLDS
-from studies.findings.answer import SIGNIFICANT, Finding, Holds, Row, Sweeps, corrected, of_sweep, table_of, verdict_of
+from studies.findings.answer import (
+    PERMUTATIONS,
+    SIGNIFICANT,
+    Finding,
+    Holds,
+    Row,
+    Sweeps,
+    corrected,
+    of_sweep,
+    table_of,
+    verdict_of,
+)
 
 _RARITIES = {
     "rarity_target": "rarity of the target", "rarity_top": "of the prediction", "rarity_expected": "expected",
     "entropy": "entropy",
 }  # fmt: skip
+_PERMUTATIONS = 3 * PERMUTATIONS  # for so many tests
 _OUTCOMES = {"area": "area", "fraction": f"share at {THRESHOLDS[-1]:g}"}
 
 
-def rare(sweeps: Sweeps) -> Finding:
+def find(sweeps: Sweeps) -> Finding:
     """Correlations of density with three rarities, plain and given entropy."""
     rows: list[Row] = []
     holds: Holds = {}
@@ -21,12 +33,11 @@ def rare(sweeps: Sweeps) -> Finding:
     for model in sweeps.models:
         for corpus in ("wikitext", "books"):
             found[model, corpus] = td.study.factors(
-                sweeps.prompts(model, corpus), outcomes=[*_OUTCOMES], threshold=THRESHOLDS[-1],
-                n_bootstrap=sweeps.n_draws,
+                sweeps.rows(model, corpus), outcomes=[*_OUTCOMES], threshold=THRESHOLDS[-1],
+                n_bootstrap=sweeps.n_draws, n_permutations=_PERMUTATIONS,
             )  # fmt: skip
-    corrected(found.values(), ("p", "partial_p"))
-    for (model, corpus), factors in found.items():
-        known: Any = factors.table.set_index(["outcome", "covariate"])
+    for (model, corpus), table in corrected(found, ("p", "partial_p"), _PERMUTATIONS).items():
+        known: Any = table.set_index(["outcome", "covariate"])
         for outcome, called in _OUTCOMES.items():
             row: Row = {"model": model, "text": corpus, "density": called}
             for covariate, name in _RARITIES.items():

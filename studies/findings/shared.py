@@ -2,28 +2,39 @@
 
 import tracedensity as td
 from studies.corpora import NULL
-from studies.findings.answer import SIGNIFICANT, Finding, Holds, Row, Sweeps, as_number, corrected, table_of, verdict_of
+from studies.findings.answer import (
+    PERMUTATIONS,
+    SIGNIFICANT,
+    Finding,
+    Holds,
+    Row,
+    Sweeps,
+    as_number,
+    corrected,
+    table_of,
+    verdict_of,
+)
 
 PAPERS = 0.52
 """The mean correlation of the papers' ten models."""
 
 
-def shared(sweeps: Sweeps) -> Finding:
+def find(sweeps: Sweeps) -> Finding:
     """Correlations of areas between models, plain, given lengths, and given entropies and rarities too."""
     texts = ("wikitext", "books")
-    tables = {corpus: {model: sweeps.prompts(model, corpus) for model in sweeps.models} for corpus in texts}
-    others = {model: sweeps.prompts(model, kind="flow") for model in sweeps.models}
+    tables = {corpus: {model: sweeps.rows(model, corpus) for model in sweeps.models} for corpus in texts}
+    others = {model: sweeps.rows(model, kind="flow") for model in sweeps.models}
     found = {
         corpus: td.study.compare(
             tables[corpus], others=others if corpus == "wikitext" else {}, n_bootstrap=sweeps.n_draws
         )
         for corpus in texts
     }
-    corrected(found.values(), ("p", "length_p", "partial_p"))
+    tests = corrected(found, ("p", "length_p", "partial_p"), PERMUTATIONS)
     rows: list[Row] = []
     holds: Holds = {}
-    for corpus, comparison in found.items():
-        for row in comparison.table.to_dict("records"):
+    for corpus, table in tests.items():
+        for row in table.to_dict("records"):
             plain, length, partial = (
                 (row[f"{kind}rho"], row[f"{kind}low"], row[f"{kind}high"]) for kind in ("", "length_", "partial_")
             )
@@ -47,5 +58,5 @@ def shared(sweeps: Sweeps) -> Finding:
     }
     means = {corpus: as_number((each.mean, each.low, each.high)) for corpus, each in trained.items()}
     average = sum(each.mean for each in trained.values()) / len(trained)
-    verdict = f"{verdict_of(holds)}; {average:.2f} on average, the papers' {PAPERS}"
+    verdict = f"{verdict_of(holds)}; {average:.2f} on average (papers: {PAPERS})"
     return Finding(verdict, table_of(rows), {"": found["wikitext"].plot()}, means)

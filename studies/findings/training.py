@@ -6,7 +6,7 @@ import tracedensity as td
 from studies.findings.answer import SIGNIFICANT, Finding, Row, Sweeps, as_number, star, table_of
 
 
-def training(sweeps: Sweeps) -> Finding:
+def find(sweeps: Sweeps) -> Finding:
     """The area at each checkpoint."""
     found = td.study.trend(sweeps.folder / "steps", n_bootstrap=sweeps.n_draws)
     rows: list[Row] = []
@@ -24,6 +24,6 @@ def training(sweeps: Sweeps) -> Finding:
         })  # fmt: skip
         if not first:
             changes.append("up" if row["change"] > 0 else "down")
-            changes[-1] = changes[-1] if row["p_holm"] < SIGNIFICANT else "no change"
+            changes[-1] = changes[-1] if row["p_holm"] < SIGNIFICANT else "no clear change"
     verdict = f"The area, from checkpoint to checkpoint: {', '.join(changes)}"
     return Finding(verdict, table_of(rows), {"": found.plot()}, {})

@@ -6,11 +6,12 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from threading import Event, Semaphore, Thread
+from threading import Thread
 from typing import Any
 
 import psutil
@@ -25,8 +26,11 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 _AT_ONCE = 2048
 """Parts that Ray has at a time, so that a corpus of any length fits into memory."""
 
-_MEMORY = {"": ("/sys/fs/cgroup", "memory.max"), "memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")}
+_MEMORY = {"": ("sys/fs/cgroup", "memory.max"), "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes")}
 """Where Linux says how much memory a group of processes may take: today, and before there was one tree of groups."""
+
+_IDLE = 300
+"""Seconds that a process waits for another sweep."""
 
 _PROCESS = 2**29
 """Bytes that a process takes beside its model."""
@@ -45,37 +49,29 @@ def in_processes(work: Work, parts: Iterable[Part], n_workers: int) -> Iterator[
     Raises:
         ChildProcessError: If a process was killed, as a system out of memory does.
     """
-    from joblib import Parallel, delayed
-    from joblib.externals.loky.process_executor import TerminatedWorkerError
+    from loky import get_reusable_executor
+    from loky.process_executor import TerminatedWorkerError
 
-    run: Any = delayed(_run)
-    # processes, whatever a `joblib.parallel_config` around says: two threads would run one model
-    one_by_one: dict[str, Any] = {"batch_size": 1, "pre_dispatch": "2*n_jobs", "return_as": "generator_unordered"}
-    parallel: Any = Parallel(n_jobs=n_workers, backend="loky", **one_by_one)
-    # joblib hands out the next part when one is done; what is done and not yet written must not pile up
-    room, ended = Semaphore(4 * n_workers), Event()
-
-    def handed_out() -> Iterator[Any]:
-        for part in parts:
-            room.acquire()
-            if ended.is_set():
-                return
-            yield run(work, part, os.getpid())
-
-    results = parallel(handed_out())
+    executor: Any = get_reusable_executor(max_workers=n_workers, timeout=_IDLE)
+    waiting, running = iter(parts), set[Any]()
     try:
-        for done in results:
-            room.release()
-            yield done
+        while True:
+            # two for each process: none is idle while rows are written, and nothing piles up where that is slow
+            for part in islice(waiting, 2 * n_workers - len(running)):
+                running.add(executor.submit(_run, work, part, os.getpid()))
+            if not running:
+                return
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for each in done:
+                yield each.result()
     except TerminatedWorkerError as error:
         raise ChildProcessError(
             "a process of the sweep was killed, as systems do when memory runs out; what is finished is kept. Run the "
             "same again with fewer `workers`."
         ) from error
-    finally:
-        # what ends early, as where nothing can be written, must not leave joblib's thread waiting: it is waited for
-        ended.set()
-        room.release()
+    except BaseException:  # what is under way would be done for nobody
+        executor.shutdown(kill_workers=True)
+        raise
 
 
 def _run(work: Work, part: Part, parent: int) -> Done:
@@ -91,26 +87,26 @@ def _run(work: Work, part: Part, parent: int) -> Done:
 
 def usual_workers(model: Transformer) -> int:
     """As many as there are cores, if as many copies of the model fit into half of the memory."""
-    import joblib
+    from loky import cpu_count
 
     if model.device.type != "cpu":
         return 1
     n_bytes = sum(weight.numel() * weight.element_size() for weight in model.model.parameters())
-    return max(1, min(joblib.cpu_count(), _main_memory() // 2 // (n_bytes + _PROCESS)))
+    return max(1, min(cpu_count(), _main_memory() // 2 // (n_bytes + _PROCESS)))
 
 
-def _main_memory() -> int:
+def _main_memory(system: Path = Path("/")) -> int:
     """Bytes that this process may take: those of the machine, or of its container or job where that may take fewer."""
     found = [psutil.virtual_memory().total]
     with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
+        for line in (system / "proc/self/cgroup").read_text().splitlines():
             _, kinds, path = line.split(":", 2)
             if kinds not in _MEMORY:
                 continue
             root, name = _MEMORY[kinds]
             for group in (Path(path), *Path(path).parents):
                 with suppress(OSError, ValueError):  # "max" is no limit
-                    found.append(int(Path(f"{root}/{group}/{name}").read_text()))
+                    found.append(int(Path(f"{system}/{root}/{group}/{name}").read_text()))
     return min(found)
 
 

@@ -149,9 +149,10 @@ class Folder:
         if retry_errors and any(row["error"] is not None for row in prompts):
             return False
         wanted = [context.id for context in part.contexts]
-        numbers = {row["index"] for row in prompts}
-        # a run that was killed while a part grew has written some of its tables
-        whole = all(numbers.issuperset(table.column("index").unique().to_pylist()) for table in tables[1:])
+        numbers = {row["index"] for row in prompts if row["error"] is None}
+        # a run that was killed while a part grew, or was made anew, has written some of its tables
+        thresholds, points = ({*table.column("index").unique().to_pylist()} for table in tables[1:])
+        whole = points == numbers >= thresholds
         return whole and [row["id"] for row in prompts[: len(wanted)]] == wanted
 
 

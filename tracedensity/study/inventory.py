@@ -43,6 +43,8 @@ class Phases:
         found: Share of resampled curves that have one.
         slopes: Faithfulness gained per tenfold size, before and behind.
         gain: How much lower the Bayesian information criterion is with two pieces than with one.
+        breaks: Where up to three pieces meet, as many as the criterion asks for.
+        all_slopes: Those of these pieces.
     """
 
     break_at: float | None
@@ -52,6 +54,8 @@ class Phases:
     found: float
     slopes: tuple[float, ...]
     gain: float
+    breaks: tuple[float, ...]
+    all_slopes: tuple[float, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +86,7 @@ class Contents:
     n: int
 
     def plot(self, what: str = "composition", *, theme: "Theme | str" = "light") -> "go.Figure":
-        """``"composition"``, ``"recurrence"``, ``"prediction"`` or ``"phases"``, see `plot_contents`."""
+        """``"composition"``, ``"layers"``, ``"recurrence"``, ``"prediction"`` or ``"phases"``, see `plot_contents`."""
         from tracedensity.plot.contents import plot_contents
 
         return plot_contents(self, what, theme=theme)
@@ -254,14 +258,15 @@ def phases_of(
     breaks = [segments(x, curves[draw].mean(0), 2).breaks for draw in draws]
     low, high = interval([each[0] for each in breaks if each])
     between = np.concatenate([x[:1], (x[1:] + x[:-1]) / 2, x[-1:]])  # where one size of the grid gives way to the next
-    edges = np.array([x[0], *whole.breaks, x[-1]])
-    slopes = np.diff(np.interp(edges, x, whole.fitted)) / np.diff(edges)
+    pieces = segments(x, curves.mean(0), 3)
     return Phases(
         float(10 ** whole.breaks[0]) if whole.breaks else None,
         float(10 ** between[between <= low].max(initial=-np.inf)) if np.isfinite(low) else np.nan,
         float(10 ** between[between >= high].min(initial=np.inf)) if np.isfinite(high) else np.nan,
         bool(whole.breaks) and whole.breaks[0] in places_of(x)[[0, -1]],
         sum(map(bool, breaks)) / len(draws) if draws else np.nan,
-        tuple(slopes.tolist()),
+        whole.slopes(x),
         whole.bic[0] - min(whole.bic),
+        tuple(10**each for each in pieces.breaks),
+        pieces.slopes(x),
     )

@@ -51,6 +51,11 @@ class Segments:
     def n_segments(self) -> int:
         return len(self.breaks) + 1
 
+    def slopes(self, x: Float[np.ndarray, " point"]) -> tuple[float, ...]:
+        """How steep each piece is, of a curve at these points."""
+        edges = np.array([x[0], *self.breaks, x[-1]])
+        return tuple((np.diff(np.interp(edges, x, self.fitted)) / np.diff(edges)).tolist())
+
 
 @dataclass(frozen=True, eq=False)
 class Threshold:
@@ -187,7 +192,7 @@ def knee(x: Float[np.ndarray, " point"], distance: Float[np.ndarray, " point"]) 
             return float(found), ""
     place, note = _by_segments(x, distance)
     taken = "" if place is None else ": the break of straight pieces was taken"
-    return place, f"Kneedle found no inner knee{taken}. {note}".rstrip()
+    return place, f"Kneedle found no inner knee behind which the curve is flatter{taken}. {note}".rstrip()
 
 
 def segments(x: Float[np.ndarray, " point"], y: Float[np.ndarray, " point"], most: int = 3) -> Segments:
