@@ -59,7 +59,7 @@ class Places:
     Attributes:
         data: Folder with ``wikitext2`` and ``books``.
         models: Folder with ``stories260K``, which may be absent.
-        out: Folder of the sweeps, which goes on where it ended.
+        out: Folder of the sweeps; those that are there already are gone on with.
     """
 
     data: Path

@@ -5,7 +5,6 @@
 Sweeps go on where an earlier run ended. Figures need kaleido and a Chrome or Chromium.
 """
 
-import json
 import os
 import time
 from collections.abc import Mapping
@@ -41,40 +40,32 @@ def main(
     / "findings.md",
 ) -> None:
     """Run what is missing, and write the page."""
+    begun, gone_on = time.monotonic(), out.exists()
     out.mkdir(parents=True, exist_ok=True)
     go.Figure().to_image("png")  # needs a browser: better to know before the sweeps are run
     places, counts = Places(data, models, out), {}
-    clock = out / "seconds.json"
-    seconds: dict[str, float] = json.loads(clock.read_text()) if clock.exists() else {}
-    n_prompts = n_sweeps = 0
-
-    def spent(name: str, since: float, anything: bool = True) -> None:
-        seconds[name] = seconds.get(name, 0) + (time.monotonic() - since) * anything
-        clock.write_text(json.dumps(seconds))
-
+    swept: list[td.Sweep] = []
     for study in studies(contexts):
-        begun = time.monotonic()
         done = run(study, places, counts)
         if done is None:
             typer.echo(f"{study.name}: {models} has no such model, left out")
             continue
         typer.echo(f"{study.name}: {done}")
-        spent(study.name, begun, done.n_made > 0)
-        n_prompts, n_sweeps = n_prompts + done.n_prompts, n_sweeps + 1
-    begun = time.monotonic()
-    swept = checkpoints(places, counts, tokens, max(contexts // 5, 12))
-    n_prompts, n_sweeps = n_prompts + sum(done.n_prompts for done in swept), n_sweeps + len(swept)
-    spent("training", begun)
-    begun = time.monotonic()
-    seconds.pop("findings", None)  # which are made anew
+        swept.append(done)
+    swept += checkpoints(places, counts, tokens, max(contexts // 5, 12))
     sweeps = Sweeps(out)
-    found = {letter: of(sweeps) for letter, of in FINDINGS.items()}
-    about = {"contexts": f"{contexts:,}", "sweeps": n_sweeps, "prompts": f"{n_prompts:,}", "tokens": f"{tokens:,}"}
-    content = written(found, page.parent / "images", {**about, "took": "$took"})
-    spent("findings", begun)
-    took = f"{sum(seconds.values()) / 60:.0f} minutes on {os.cpu_count()} cores"
-    page.write_text(Template(content).substitute(took=took), encoding="utf-8")
-    typer.echo(f"{page} written. All of it took {took}.")
+    found: dict[str, Finding] = {}
+    for letter, of in FINDINGS.items():
+        found[letter] = of(sweeps)
+        typer.echo(f"({letter}) {found[letter].verdict}")
+    draw(found, page.parent / "images")
+    took = f"{(time.monotonic() - begun) / 60:.0f} minutes on {os.cpu_count()} cores"
+    about = {
+        "contexts": f"{contexts:,}", "sweeps": len(swept), "prompts": f"{sum(each.n_prompts for each in swept):,}",
+        "tokens": f"{tokens:,}", "took": took + " (some sweeps had been made before)" * gone_on,
+    }  # fmt: skip
+    page.write_text(written(found, about), encoding="utf-8")
+    typer.echo(f"{page} written. All of it took {about['took']}.")
 
 
 def checkpoints(places: Places, counts: dict[tuple[str, str], Any], tokens: int, n: int) -> list[td.Sweep]:
@@ -98,9 +89,16 @@ def checkpoints(places: Places, counts: dict[tuple[str, str], Any], tokens: int,
     return swept
 
 
-def written(found: Mapping[str, Finding], images: Path, about: Mapping[str, object]) -> str:
-    """The page, its pictures written beside it."""
+def draw(found: Mapping[str, Finding], images: Path) -> None:
+    """Write the pictures of the page."""
     images.mkdir(exist_ok=True)
+    for letter, each in found.items():
+        for of, figure in each.figures.items():
+            figure.write_image(images / f"finding-{letter}{'-' * bool(of)}{of}.png", width=720, scale=1.5)
+
+
+def written(found: Mapping[str, Finding], about: Mapping[str, object]) -> str:
+    """The page."""
     said: dict[str, object] = {
         **about, "words": WORDS, "null": NULL, "dense": f"{DENSE:.0%}", "sparse": f"{SPARSE:.0%}",
         "range": RANGE, "nearer": NEARER, "threshold": f"{THRESHOLDS[-1]:g}", "ceiling": f"{CEILING:.0%}",
@@ -109,8 +107,6 @@ def written(found: Mapping[str, Finding], images: Path, about: Mapping[str, obje
     for letter, each in found.items():
         said |= {f"{letter}_verdict": each.verdict, f"{letter}_table": each.table}
         said |= {f"{letter}_{name}": text for name, text in each.also.items()}
-        for of, figure in each.figures.items():
-            figure.write_image(images / f"finding-{letter}{'-' * bool(of)}{of}.png", width=720, scale=1.5)
     return Template((ROOT / "studies" / "page.md").read_text(encoding="utf-8")).substitute(said)
 
 

@@ -28,7 +28,7 @@ def draw(seed: int, *names: str, n: int = N) -> dict[str, np.ndarray]:
 
 def sample(n: int = N, per_document: int = 3, **options: int) -> Sample:
     document = np.arange(n) // per_document
-    return Sample(document, np.zeros(n, dtype=np.int64), **{"n_bootstrap": 100, "n_permutations": 200, **options})
+    return Sample(document, {"": np.zeros(n, dtype=np.int64)}, **{"n_bootstrap": 100, "n_permutations": 200, **options})
 
 
 @pytest.mark.parametrize("digits", [8, 0], ids=["no ties", "many ties"])
@@ -77,9 +77,9 @@ def test_documents_are_resampled_whole():
 
 def test_intervals_of_clustered_rows_are_as_wide_as_those_of_their_documents():
     columns = draw(4, "x", "y", n=40)
-    alone = Sample(np.arange(40), np.zeros(40, dtype=np.int64), 400, 0).correlations(columns, [Pair("x", "y")])[0]
+    alone = Sample(np.arange(40), {"": np.zeros(40, dtype=np.int64)}, 400, 0).correlations(columns, [Pair("x", "y")])[0]
     repeated = {name: np.repeat(values, 10) for name, values in columns.items()}
-    together = Sample(np.repeat(np.arange(40), 10), np.zeros(400, dtype=np.int64), 400, 0)
+    together = Sample(np.repeat(np.arange(40), 10), {"": np.zeros(400, dtype=np.int64)}, 400, 0)
     clustered = together.correlations(repeated, [Pair("x", "y")])[0]
     assert (clustered.low, clustered.high) == pytest.approx((alone.low, alone.high), abs=1e-9)
 
@@ -115,7 +115,7 @@ def test_p_is_uniform_where_controls_are_many_and_rows_are_few(strata: int):
     controls, found = tuple("abcdefgh"), []
     for seed in range(500):
         columns = draw(seed, "x", "y", *controls, n=18)
-        own = Sample(np.arange(18), np.arange(18) % strata, 0, 199, seed)
+        own = Sample(np.arange(18), {"": np.arange(18) % strata}, 0, 199, seed)
         found.append(own.correlations(columns, [Pair("x", "y", controls)])[0].p)
     assert kstest(found, "uniform").pvalue > 0.01
     assert 0.03 < np.mean(np.array(found) <= 0.05) < 0.075
@@ -128,8 +128,10 @@ def test_what_depends_on_length_alone_is_no_finding_within_lengths():
         generator = np.random.default_rng(seed)
         length = generator.integers(8, 13, size=100).astype(float)
         columns = {"x": length + generator.normal(size=100), "y": generator.lognormal(size=100) / length**2}
-        strata = Sample(np.arange(100), strata_of(length), 0, 199, seed, {"none": np.zeros(100, dtype=np.int64)})
-        kept, free = strata.correlations(columns, [Pair("x", "y"), Pair("x", "y", within="none")])
+        strata = {"": strata_of(length), "none": np.zeros(100, dtype=np.int64)}
+        kept, free = Sample(np.arange(100), strata, 0, 199, seed).correlations(
+            columns, [Pair("x", "y"), Pair("x", "y", within="none")]
+        )
         raw, within = raw + (free.p < 0.05), within + (kept.p < 0.05)
     assert raw > 50
     assert within <= 12  # 5 are expected; more than 12 would come in 2 of 1,000 such tests
@@ -141,7 +143,7 @@ def test_what_domains_differ_in_is_no_finding_within_domains():
     columns = {name: 3 * domain + generator.normal(size=200) for name in "xy"}
     stratum = strata_of(length, domain=domain)
     assert all(len({*domain[stratum == each]}) == 1 for each in np.unique(stratum)) and len(np.unique(stratum)) == 4
-    both = Sample(np.arange(200), stratum, 0, 199, 0, {"length": strata_of(length)})
+    both = Sample(np.arange(200), {"": stratum, "length": strata_of(length)}, 0, 199, 0)
     kept, raw = both.correlations(columns, [Pair("x", "y"), Pair("x", "y", within="length")])
     assert kept.p > 0.05 > raw.p
 
@@ -158,9 +160,10 @@ def test_what_strata_are_made_of_may_be_exchanged_over_all_of_them():
     generator = np.random.default_rng(0)
     length = generator.integers(8, 13, size=100).astype(float)
     columns = {"length": length, "y": length + generator.normal(size=100)}
-    others = {"none": np.zeros(100, dtype=np.int64)}
-    strata = Sample(np.arange(100), strata_of(length, least=2), 0, 199, others=others)
-    kept, free = strata.correlations(columns, [Pair("length", "y"), Pair("length", "y", within="none")])
+    strata = {"": strata_of(length, least=2), "none": np.zeros(100, dtype=np.int64)}
+    kept, free = Sample(np.arange(100), strata, 0, 199).correlations(
+        columns, [Pair("length", "y"), Pair("length", "y", within="none")]
+    )
     assert kept.p == 1
     assert free.p == pytest.approx(1 / 200)
 

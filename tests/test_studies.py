@@ -499,7 +499,7 @@ def test_what_cannot_be_compared_is_refused():
 def test_what_two_models_share_by_length_alone_is_no_finding_whichever_comes_first(order: str):
     """The strata of a pair are of its own models' lengths: those of a say nothing."""
     p: list[list[float]] = []
-    for seed in range(40):
+    for seed in range(100):
         generator = np.random.default_rng(seed)
         length = generator.integers(10, 40, 200)
         tables = {}
@@ -513,7 +513,8 @@ def test_what_two_models_share_by_length_alone_is_no_finding_whichever_comes_fir
         p.append([row["p"], row["length_p"]])
         assert row["rho"] > 0.2  # which it explains
     within, given = np.mean(np.array(p) <= 0.05, axis=0)
-    assert within < 0.5 and given < 0.2  # neighbouring lengths share a stratum
+    assert within < 0.5  # neighbouring lengths share a stratum
+    assert given <= 0.1  # 1 of 100 such tests would find more
 
 
 def test_p_of_comparisons_is_uniform_for_models_that_share_nothing():

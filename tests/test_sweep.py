@@ -28,8 +28,8 @@ from tracedensity.estimation import Estimation
 from tracedensity.model import as_transformer
 from tracedensity.model.offload import is_offloading
 from tracedensity.study import engines, work
-from tracedensity.study.comparison import unique_prompts
 from tracedensity.study.contexts import Context
+from tracedensity.study.covariates import unique_prompts
 from tracedensity.study.folder import Folder
 from tracedensity.study.sweep import _shard
 from tracedensity.study.table import TABLES

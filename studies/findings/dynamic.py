@@ -9,8 +9,7 @@ from jaxtyping import Float, Int
 from studies.corpora import NULL, THRESHOLDS
 from studies.findings.answer import HUES, Finding, Holds, Row, Sweeps, as_number, each_of, shares, table_of, verdict_of
 from tracedensity.plot.theme import finished
-from tracedensity.study.comparison import unique_prompts
-from tracedensity.study.covariates import outcome_of
+from tracedensity.study.covariates import outcome_of, unique_prompts
 from tracedensity.study.grid import half_areas
 from tracedensity.study.statistics import codes
 

@@ -27,6 +27,8 @@ CEILING = 0.5
 
 _AREAS = {"area": "area", "auc_of_edges": "area of one edge or more"}
 
+_SHORT = {"auc_of_edges": "area of<br>1+ edges"}  # on an axis
+
 
 def find(sweeps: Sweeps) -> Finding:
     """Slopes of density over the length of the context, for the same targets, counted in every way."""
@@ -97,7 +99,7 @@ def _figure(found: dict[tuple[str, float], Any]) -> go.Figure:
                     "thickness": 1.2, "width": 0,
                 },
             )  # fmt: skip
-    short = ["area", "area of<br>1+ edges", "fraction", "size", "per token", "component<br>share", "later<br>fraction"]
+    short = [_SHORT.get(name, name.replace("_", "<br>").replace("per<br>", "per ")) for name in names]
     figure.update_xaxes(tickvals=[*range(len(names))], ticktext=short, range=[-0.6, len(names) - 0.4])
     figure.update_yaxes(title="change per doubling")
     return finished(

@@ -50,6 +50,7 @@ def find(sweeps: Sweeps) -> Finding:
                 for name, kind in (("given lengths", "length"), ("beyond entropy and rarity", "partial")):
                     significant = row[f"{kind}_low"] > 0 and row[f"{kind}_p_holm"] < SIGNIFICANT
                     holds.setdefault(name, {})[where] = significant
+    # the mean of these alone, with its interval
     trained = {
         corpus: td.study.compare(
             {model: tables[corpus][model] for model in sweeps.trained}, n_bootstrap=sweeps.n_draws, n_permutations=0

@@ -63,7 +63,7 @@ OutcomeOption = Annotated[
 ]
 OutcomesOption = Annotated[
     Outcome | None,
-    typer.Option(help="Which density alone.", show_default="all"),
+    typer.Option(help="Only this density.", show_default="all"),
 ]
 CsvOption = Annotated[Path | None, typer.Option(metavar="OUT", help="Write the table to this CSV file.")]
 BootstrapOption = Annotated[
@@ -76,7 +76,10 @@ PermutationsOption = Annotated[
 
 def sweep(
     prompts: Annotated[
-        list[Path], typer.Argument(metavar="PROMPTS...", help="Files of prompts: .txt, .jsonl, .csv or .parquet.")
+        list[Path],
+        typer.Argument(
+            metavar="PROMPTS...", help="Files of prompts: .txt, .jsonl, .csv or .parquet; or any text to cut."
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder to write, or to go on with.")],
     model: ModelOption = None,
@@ -243,6 +246,7 @@ def factors(
     html: HtmlOption = None,
 ) -> None:
     """What density goes with: entropy, rarity, length, repetition, complexity, domain."""
+    require_folders(csv, html)
     with quiet():
         known = _counted(folder, counts, model)
         found = td.study.factors(
@@ -268,6 +272,7 @@ def lengths(
     html: HtmlOption = None,
 ) -> None:
     """What longer contexts do to the density of the same predictions (nested contexts)."""
+    require_folders(csv, html)
     with quiet():
         found = td.study.lengths(
             td.read_sweep(folder),
@@ -297,6 +302,7 @@ def compare(
     html: HtmlOption = None,
 ) -> None:
     """Whether the same inputs are dense for different models."""
+    require_folders(csv, html)
     with quiet():
         found = td.study.compare(
             _by_model(folders),
@@ -326,6 +332,7 @@ def trend(
     html: HtmlOption = None,
 ) -> None:
     """How density goes from sweep to sweep: over the checkpoints of a training, over languages."""
+    require_folders(csv, html)
     short = [folder.name for folder in folders]
     names = short if len(set(short)) == len(short) else [*map(str, folders)]
     if len(set(names)) < len(names):
@@ -383,6 +390,7 @@ def thresholds(
     html: HtmlOption = None,
 ) -> None:
     """Choose a threshold where the mean curve bends, and try it on other documents."""
+    require_folders(csv, html)
     with quiet():
         found = td.study.thresholds(td.read_sweep(folder), **only_given(split=split, n_bootstrap=bootstrap, seed=seed))
     _finish("Where the curve bends", found, found.table, csv, html, [found.plot()] if html else [])
@@ -414,6 +422,7 @@ def shap(
     html: HtmlOption = None,
 ) -> None:
     """Which covariates a regression of density draws on (Shapley values)."""
+    require_folders(csv, html)
     with quiet():
         found = td.study.shap_values(
             _counted(folder, counts, model),
@@ -443,6 +452,7 @@ def contents(
     html: HtmlOption = None,
 ) -> None:
     """What circuits hold: parts and layers, components that come again, what small ones predict, phases."""
+    require_folders(csv, html)
     with quiet():
         found = td.study.contents(folder, **only_given(share=share, n_bootstrap=bootstrap, seed=seed))
         kinds = ("composition", "layers", "recurrence", "prediction", "phases")
@@ -475,7 +485,6 @@ def _by_model(folders: list[Path]) -> dict[str, Any]:
 
 def _finish(title: str, found: object, rows: Any, csv: Path | None, html: Path | None, figures: "list[Figure]") -> None:
     """Print what was found, and write the files that were asked for."""
-    require_folders(csv, html)
     if csv is not None:
         _write(csv, rows.to_csv(index=False))
     if html is not None:

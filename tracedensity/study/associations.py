@@ -14,11 +14,10 @@ from tracedensity.study.covariates import (
     asked_outcomes,
     numbers,
     outcome_of,
-    require_draws,
     require_prompts,
     with_covariates,
 )
-from tracedensity.study.statistics import Pair, Sample, codes, holm, strata_of
+from tracedensity.study.statistics import Pair, Sample, codes, holm, require_draws, strata_of
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -115,10 +114,8 @@ def factors(
     y = {f"outcome {name}": outcome_of(known, name, threshold) for name in outcomes}
     document = codes(known["document"].astype(str).to_numpy())
     length, domain = known["n_tokens"].to_numpy(float), codes(known["domain"].fillna("").to_numpy())
-    sample = Sample(
-        document, strata_of(length, domain=domain), n_bootstrap, n_permutations, seed,
-        {"length": strata_of(length), "domain": domain},
-    )  # fmt: skip
+    strata = {"": strata_of(length, domain=domain), "length": strata_of(length), "domain": domain}
+    sample = Sample(document, strata, n_bootstrap, n_permutations, seed)
     rows, pairs = [], []
     for name in outcomes:
         for covariate in covariates:

@@ -1,6 +1,6 @@
 """Comparisons: whether the same inputs are dense for different models."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -9,10 +9,19 @@ import numpy as np
 from jaxtyping import Float
 from pandas import DataFrame
 
-from tracedensity.alert import alert
-from tracedensity.study.covariates import AREAS, outcome_of, require_draws, require_prompts
+from tracedensity.study.covariates import AREAS, outcome_of, unique_prompts
 from tracedensity.study.grid import half_areas
-from tracedensity.study.statistics import Pair, Sample, codes, holm, interval, rank_correlations, resampled, strata_of
+from tracedensity.study.statistics import (
+    Pair,
+    Sample,
+    codes,
+    holm,
+    interval,
+    rank_correlations,
+    require_draws,
+    resampled,
+    strata_of,
+)
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -50,7 +59,7 @@ class Comparison:
     outcome: str
 
     def plot(self, *, theme: "Theme | str" = "light") -> "go.Figure":
-        """The matrix, and what is left of it given other things, see `plot_comparison_of_models`."""
+        """The matrix, and what is left of it given other things, see `tracedensity.plot.models.plot_models`."""
         from tracedensity.plot.models import plot_models
 
         return plot_models(self, theme=theme)
@@ -89,7 +98,8 @@ def compare(
             reliable the measure is.
         n_bootstrap: How often documents are resampled, for all models at once.
         n_permutations: How often the inputs of one model are exchanged within strata of similar length, both models'
-            together.
+            together. Lengths still differ within a stratum: what density owes to them is left in `p`, and taken out of
+            `length_p`.
         seed: For both.
 
     Raises:
@@ -111,7 +121,7 @@ def compare(
     document = codes(same[names[0]]["document"].astype(str).to_numpy())
     lengths = {name: table["n_tokens"].to_numpy(float) for name, table in same.items()}
     strata = {f"{a}, {b}": strata_of(lengths[a] + lengths[b]) for a, b in combinations(names, 2)}
-    sample = Sample(document, np.zeros_like(document), n_bootstrap, n_permutations, seed, strata)
+    sample = Sample(document, strata, n_bootstrap, n_permutations, seed)
     columns: dict[str, np.ndarray] = dict(y)
     for name, table in same.items():
         for covariate in ("n_tokens", "entropy", "rarity_target", "rarity_top"):
@@ -155,19 +165,6 @@ def compare(
         DataFrame(matrix, index=names, columns=names),
         float(matrix[apart].mean()), low, high, outcome,
     )  # fmt: skip
-
-
-def unique_prompts(table: DataFrame, needed: Sequence[str] = ()) -> Any:
-    """Prompts by their text, those that were run, each once; an alert says how many have the text of another.
-
-    The table must have the columns that are needed.
-    """
-    require_prompts(table, ("text_hash", *needed))
-    known: Any = table[table["error"].isna()]
-    found = known.drop_duplicates("text_hash")
-    if len(found) < len(known):
-        alert(f"{len(known) - len(found)} of {len(known)} prompts have the text of another and are left out.")
-    return found.set_index("text_hash")
 
 
 def _reliability(

@@ -372,9 +372,8 @@ def _of_csv(path: Path) -> Iterator[tuple[int, Any]]:
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         longest = csv.field_size_limit(_LONGEST)
         try:
-            yield from enumerate(
-                csv.DictReader(file, strict=True)
-            )  # a quote that nothing closes would take all that is left
+            # strict: a quote that nothing closes would take all that is left
+            yield from enumerate(csv.DictReader(file, strict=True))
         except csv.Error as error:
             raise ValueError(f"`prompts` must be CSV files, got {str(path)!r}, which is none ({error}).") from error
         finally:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from pandas import DataFrame
 
+from tracedensity.alert import alert
 from tracedensity.curve import crossings, require_thresholds
 from tracedensity.model import Transformer, as_transformer
 from tracedensity.setting import rows_at_once
@@ -122,11 +123,17 @@ def require_prompts(given: object, columns: Sequence[str] = ("document", "n_edge
         raise ValueError("`table` must have prompts with numbers, got none.")
 
 
-def require_draws(**numbers: int) -> None:
-    """Raise a ValueError if something is to be drawn less than never."""
-    for name, number in numbers.items():
-        if number < 0:
-            raise ValueError(f"`{name}` must be at least 0, got {number}.")
+def unique_prompts(table: DataFrame, columns: Sequence[str] = ()) -> Any:
+    """Prompts by their text, those that were run, each once; an alert says how many have the text of another.
+
+    The table must have these columns beside those of curves.
+    """
+    require_prompts(table, ("text_hash", *columns))
+    known: Any = table[table["error"].isna()]
+    found = known.drop_duplicates("text_hash")
+    if len(found) < len(known):
+        alert(f"{len(known) - len(found)} of {len(known)} prompts have the text of another and are left out.")
+    return found.set_index("text_hash")
 
 
 def asked_outcomes(table: DataFrame, outcomes: Sequence[str] | None) -> list[str]:

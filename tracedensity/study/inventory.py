@@ -11,11 +11,10 @@ from pandas import DataFrame
 
 from tracedensity.evaluation import RELATIVE_SIZES
 from tracedensity.extras import extra
-from tracedensity.study.covariates import require_draws
 from tracedensity.study.folder import read_sweep
 from tracedensity.study.grid import on_grid
 from tracedensity.study.knees import places_of, segments
-from tracedensity.study.statistics import codes, holm, interval, resampled
+from tracedensity.study.statistics import codes, holm, interval, require_draws, resampled
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -122,7 +121,7 @@ class Contents:
 
 
 def contents(
-    path: str | PathLike[str] | object,
+    path: str | PathLike[str] | object,  # a table, the usual mistake, gets a sentence
     *,
     share: float | int = 0.01,
     n_bootstrap: int = 500,

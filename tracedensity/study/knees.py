@@ -12,9 +12,9 @@ from pandas import DataFrame
 
 from tracedensity.evaluation import RELATIVE_SIZES
 from tracedensity.extras import extra
-from tracedensity.study.covariates import require_draws, require_prompts
+from tracedensity.study.covariates import require_prompts
 from tracedensity.study.grid import on_grid
-from tracedensity.study.statistics import codes, interval, resampled
+from tracedensity.study.statistics import codes, interval, require_draws, resampled
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

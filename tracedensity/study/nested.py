@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from pandas import DataFrame
 
-from tracedensity.study.covariates import asked_outcomes, outcome_of, require_draws, require_prompts
-from tracedensity.study.statistics import codes, holm, interval, p_of_signs, resampled
+from tracedensity.study.covariates import asked_outcomes, outcome_of, require_prompts
+from tracedensity.study.statistics import codes, holm, interval, p_of_signs, require_draws, resampled
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -12,10 +12,9 @@ import numpy as np
 from jaxtyping import Float, Int
 from pandas import DataFrame
 
-from tracedensity.study.comparison import unique_prompts
-from tracedensity.study.covariates import AREAS, outcome_of, require_draws
+from tracedensity.study.covariates import AREAS, outcome_of, unique_prompts
 from tracedensity.study.folder import MANIFEST, read_sweep
-from tracedensity.study.statistics import codes, holm, interval, p_of_signs, rank_correlations, resampled
+from tracedensity.study.statistics import codes, holm, interval, p_of_signs, rank_correlations, require_draws, resampled
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

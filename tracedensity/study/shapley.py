@@ -12,18 +12,25 @@ from jaxtyping import Float, Int
 from pandas import DataFrame
 
 from tracedensity.extras import extra
-from tracedensity.loading.quiet import no_warnings
 from tracedensity.study.counts import Counts
 from tracedensity.study.covariates import (
     NUMERIC,
     READ,
     numbers,
     outcome_of,
-    require_draws,
     require_prompts,
     with_covariates,
 )
-from tracedensity.study.statistics import codes, exchanged, interval, rank_correlations, resampled, strata_of
+from tracedensity.study.progress import bar_of
+from tracedensity.study.statistics import (
+    codes,
+    exchanged,
+    interval,
+    rank_correlations,
+    require_draws,
+    resampled,
+    strata_of,
+)
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -165,7 +172,7 @@ def shap_values(
     def by_covariate(phi: Float[np.ndarray, "row column"]) -> Float[np.ndarray, "row joined"]:
         return np.stack([phi[:, of_column == number].sum(1) for number in range(len(joined))], axis=1)
 
-    with _bar(1 + n_null + len(joined) + 2 ** len(_members(names)), progress) as bar:
+    with bar_of(1 + n_null + len(joined) + 2 ** len(_members(names)), "fit", progress) as bar:
         own = fitting.explained(y)
         bar.update()
         r2, values = own.r2, by_covariate(own.phi)
@@ -340,13 +347,6 @@ def _members(names: Sequence[str]) -> dict[str, list[int]]:
     for number, name in enumerate(names):
         found.setdefault(of.get(name, "domain"), []).append(number)
     return found
-
-
-def _bar(total: int, shown: bool | None) -> Any:
-    """A bar over regressions, with the time left: in a terminal or notebook, unless something else is said."""
-    with no_warnings():
-        from tqdm.auto import tqdm
-    return tqdm(total=total, unit="fit", disable=None if shown is None else not shown)
 
 
 def _grouped(fitting: _Fitting, y: Float[np.ndarray, " row"], names: Sequence[str], bar: Any) -> DataFrame:

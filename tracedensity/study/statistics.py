@@ -1,7 +1,7 @@
 """Statistics: rank correlations of rows that come in documents and in strata, with intervals and p values."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -45,8 +45,8 @@ class Pair:
         x: Name of one.
         y: Name of the other.
         controls: Names of what is held fixed.
-        within: Name of the strata in which rows are exchanged, if it is not those of the sample: for what strata are
-            made of, which would stay what it is.
+        within: Name of the strata in which rows are exchanged. What strata are made of needs others, in which it does
+            not stay what it is.
     """
 
     x: str
@@ -65,20 +65,18 @@ class Sample:
 
     Attributes:
         document: What each row was taken from. Intervals resample these, not rows: those of one are alike.
-        stratum: Rows are exchanged only within these where there should be no correlation, so that what strata differ
-            in cannot make one up.
-        others: Other strata, by name.
+        strata: By name. Rows are exchanged only within these where there should be no correlation, so that what strata
+            differ in cannot make one up. Those named by nothing are for pairs that name none.
         n_bootstrap: How often documents are resampled.
         n_permutations: How often rows are exchanged.
         seed: For both.
     """
 
     document: Int[np.ndarray, " row"]
-    stratum: Int[np.ndarray, " row"]
+    strata: Mapping[str, Int[np.ndarray, " row"]]
     n_bootstrap: int = 2000
     n_permutations: int = 10_000
     seed: int = 0
-    others: Mapping[str, Int[np.ndarray, " row"]] = field(default_factory=dict)
 
     def correlations(self, columns: Mapping[str, Column], pairs: Sequence[Pair]) -> list[Estimate]:
         """Spearman's correlations; given controls, those of the ranks with what the controls' ranks explain taken out.
@@ -118,8 +116,7 @@ class Sample:
         rho = np.array([partial(matrix[None], *each)[0] for each in wanted])
         draws = [*resampled(self.document[known], self.n_bootstrap, self.seed)]
         again = np.array([rank_correlations(values[rows]) for rows in draws]).reshape(-1, *matrix.shape)
-        stratum = self.others[pairs[0].within] if pairs[0].within else self.stratum
-        p = self._p(ranks(values), wanted, rho, stratum[known])
+        p = self._p(ranks(values), wanted, rho, self.strata[pairs[0].within][known])
         return [
             Estimate(float(rho[number]), *interval(partial(again, *each)), float(p[number]), n)
             for number, each in enumerate(wanted)
@@ -145,6 +142,13 @@ class Sample:
                 length = np.sqrt(np.maximum(1 - np.square(again @ controls).sum(1), 0.0))
                 n_as_large[number] += (np.abs(again @ each[:, 0]) >= (abs(rho[number]) - 1e-12) * length).sum()
         return np.where(np.isfinite(rho), (1 + n_as_large) / (1 + self.n_permutations), np.nan)
+
+
+def require_draws(**numbers: int) -> None:
+    """Raise a ValueError if something is to be drawn less than never."""
+    for name, number in numbers.items():
+        if number < 0:
+            raise ValueError(f"`{name}` must be at least 0, got {number}.")
 
 
 def p_of_signs(by_document: Column, n: int, generator: np.random.Generator) -> float:

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from tracedensity.choices import Engine
 from tracedensity.loading import load_model
-from tracedensity.loading.quiet import no_warnings
 from tracedensity.model import as_transformer
 from tracedensity.model.offload import is_offloading
 from tracedensity.study.contexts import Context, Corpus, Cut
 from tracedensity.study.counts import Counts, count_tokens
 from tracedensity.study.engines import here, in_processes, on_ray, usual_workers
 from tracedensity.study.folder import Folder, read_sweep, sweep_of
+from tracedensity.study.progress import bar_of
 from tracedensity.study.table import TableName, named_in
 from tracedensity.study.work import Done, Part, Work, Worker, density_options
 
@@ -220,7 +220,7 @@ def sweep(
         workers = 1 if not named or n_prompts <= few else usual_workers(transformer)
     n_made = n_errors = 0
     begun = time.monotonic()
-    with _bar(n_prompts, progress) as bar:
+    with bar_of(n_prompts, "prompt", progress) as bar:
 
         def missing() -> Iterator[Part]:
             for part in _parts(corpus.contexts(transformer), part_size, limit, mine):
@@ -287,7 +287,7 @@ def _said() -> tuple[int, int] | None:
         if _TASK + "COUNT" in said and _number(_TASK + "COUNT") != n_tasks:
             raise ValueError(
                 f"`shard` must be written out where the array is a list: it has {said[_TASK + 'COUNT']} tasks from "
-                f'{first} to {last}, and those between would run what nobody does. "0/2" is the first of two.'
+                f'{first} to {last}, and nobody would run what those between should. "0/2" is the first of two.'
             )
         ranks.insert(0, ((task - first) // step, n_tasks))
     if not ranks:
@@ -321,10 +321,3 @@ def _numbers(given: Any) -> tuple[int, ...]:
 def _index(given: Any) -> Any:
     """A whole number as JSON can hold it; anything else as it is."""
     return index(given) if hasattr(given, "__index__") else given
-
-
-def _bar(n_prompts: int, shown: bool | None) -> Any:
-    """A bar with rate and time left: in a terminal or notebook, unless something else is said."""
-    with no_warnings():
-        from tqdm.auto import tqdm
-    return tqdm(total=n_prompts, unit="prompt", disable=None if shown is None else not shown)

@@ -1,0 +1,12 @@
+"""Progress: a bar with rate and time left."""
+
+from typing import Any
+
+from tracedensity.loading.quiet import no_warnings
+
+
+def bar_of(total: int, unit: str, shown: bool | None) -> Any:
+    """A bar of so many units: in a terminal or notebook, unless something else is said."""
+    with no_warnings():
+        from tqdm.auto import tqdm
+    return tqdm(total=total, unit=unit, disable=None if shown is None else not shown)
