@@ -150,6 +150,13 @@ def test_lines_of_json_may_have_columns_of_their_own(written, model):
     assert [bool(each.error) for each in found] == [True, True, False]
     with pytest.raises(ValueError, match=r"some\.jsonl: the column of prompts must be one of"):
         contexts(written("some.jsonl", '{"other": 1}\n' * 40), model)
+    # a first line that cannot be read says nothing of the columns
+    for n_rows in (2, 40):
+        with pytest.raises(ValueError, match=r"some\.jsonl: the column of prompts must be one of"):
+            contexts(written("some.jsonl", "{not json\n" + '{"other": 1}\n' * n_rows), model)
+    found = contexts(written("some.jsonl", "{not json\n" * 40 + '{"prompt": "fine"}'), model)
+    assert [bool(each.error) for each in found] == [True] * 40 + [False]
+    assert all(each.error for each in contexts(written("some.jsonl", "{not json\n" * 3), model))
 
 
 def test_a_table_of_which_no_row_has_the_column_is_refused(written, model):

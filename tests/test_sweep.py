@@ -394,6 +394,8 @@ def test_wrong_options_are_refused_before_anything_is_written(tiny_gpt2, tmp_pat
         ({"limit": 0}, "`limit` must be at least 1"),
         ({"shard": "2/2"}, "`shard` must be from 0/2 to 1/2"),
         ({"shard": "some"}, "`shard` must be like"),
+        ({"shard": (0.5, 2)}, "`shard` must be like"),
+        ({"context_words": True}, "`context_words` must be at least 1 and a whole number, got True"),
         ({"shard": "0/0"}, "`shard` must be of at least one run"),
         ({"ablation": 1j}, "`ablation` must be numbers or names"),
         ({"workers": 2}, "`model` must be a name or a folder"),

@@ -115,4 +115,6 @@ def plot_lengths(lengths: "Lengths", *, theme: Theme | str = "light") -> go.Figu
 
 
 def _about(outcome: str) -> str:
-    return "density (area under the curve)" if outcome in AREAS else f"the size of circuits ({OUTCOMES[outcome]})"
+    if outcome in AREAS:
+        return f"density ({outcome.replace('_', ' ')})"
+    return f"the size of circuits ({OUTCOMES[outcome]})"

@@ -60,7 +60,7 @@ NARROW = 400
 
 TOKEN = 15  # px that a token needs for its name, written upwards
 SLIDER = 84  # px that a slider needs
-TOOLBAR = 28  # px above the title, where plotly's tool bar appears
+TOOLBAR = 42  # px down to the line that the title stands on, so that plotly's tool bar is above it
 _NAMED_TOKENS = 72  # more do not fit beside one another
 _TITLE_LINE, _SUBTITLE_LINE, _LEGEND_LINE = 20, 15, 20  # px
 

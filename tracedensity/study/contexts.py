@@ -95,7 +95,8 @@ class Cut:
         numbers = {"context_words": self.words, "per_document": self.per_document}
         numbers |= {"context_tokens": min(self.tokens)} if self.tokens else {}
         for name, number in numbers.items():
-            if number is not None and (not hasattr(number, "__index__") or index(number) < 1):
+            whole = hasattr(number, "__index__") and not isinstance(number, bool)
+            if number is not None and not (whole and index(number) >= 1):
                 raise ValueError(f"`{name}` must be at least 1 and a whole number, got {number!r}.")
         if self.words is not None and self.tokens:
             raise ValueError("give one of `context_words` and `context_tokens`: a context is counted in one of them.")
@@ -264,28 +265,35 @@ class Corpus:
         name, source, path = place
         taken: dict[str, int] = {}
         enough = _ROWS_APART if path is None or path.suffix == ".jsonl" else 1
-        lacking: list[Context] = []  # the first rows, as long as none has the column of prompts
+        held: list[Context] = []  # the first rows, as long as none has the column of prompts
+        lacking, looking = "", True
         for number, row in rows:
             own = f"{name}:{number}"
             try:
                 context = self._of_row(row, own, source)
             except ValueError as error:
                 context = Context(own, document=own, source=source, error=str(error))
-                if isinstance(error, _NoColumnError) and number == len(lacking):
-                    lacking.append(context)
-                    if len(lacking) == enough:
+                if looking:
+                    held.append(context)
+                    lacking = lacking or str(error) * isinstance(error, _NoColumnError)
+                    if len(held) < enough:
+                        continue
+                    if lacking:
                         break
-                    continue
-            yield from lacking
-            lacking = []
+                    context = held.pop()
+            else:
+                looking = False
+            yield from held
+            held = []
             if self.cut and isinstance(context.prompt, str) and not context.error:
                 for paragraph, line in enumerate(context.prompt.splitlines()):
                     yield from self.cut.pieces(context, paragraph, line, model, taken)
             else:
                 yield context
-        if lacking:  # all others would say the same
+        if held and lacking:  # all others would say the same
             where = "" if path is None else f"{path}: "
-            raise ValueError(f"`prompts`: {where}{lacking[0].error} Say which it is with `column`.")
+            raise ValueError(f"`prompts`: {where}{lacking} Say which it is with `column`.")
+        yield from held
 
     def _of_row(self, row: Any, name: str, source: str) -> Context:
         if isinstance(row, ValueError):

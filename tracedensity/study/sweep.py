@@ -263,7 +263,7 @@ def _shard(given: str | tuple[int, int] | None) -> tuple[int, int]:
             )
         given = found
     try:
-        number, of = map(int, given.split("/") if isinstance(given, str) else given)
+        number, of = map(int, given.split("/")) if isinstance(given, str) else map(index, given)
     except (TypeError, ValueError) as error:
         raise ValueError(f'`shard` must be like "0/8", the first of eight, got {given!r}.') from error
     if of < 1:
