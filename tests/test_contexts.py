@@ -199,6 +199,25 @@ def test_damage_of_a_file_is_told_by_its_name(tmp_path, written, model):
     assert contexts(odd, model)[0].source == "caf?.txt"
 
 
+def test_wrapped_text_is_cut_by_paragraphs(written, model):
+    wrapped = "one two three\nfour five\n\nsix seven\neight nine ten\n"
+    found = contexts(written("some.md", wrapped), model, Cut(words=4))
+    assert [each.prompt for each in found] == ["one two three four", "six seven eight nine"]
+    assert [each.target for each in found] == [" five", " ten"]
+    assert {each.document for each in found} == {"some.md"} and len({each.id for each in found}) == 2
+    # where a line is long enough, each is cut by itself
+    assert [each.prompt for each in contexts(written("some.txt", wrapped), model, Cut(words=2))] == [
+        "one two", "eight nine",
+    ]  # fmt: skip
+    assert not contexts(written("some.txt", wrapped), model, Cut(words=9))
+
+
+def test_files_that_are_missing_are_no_prompts():
+    with pytest.raises(ValueError, match=r"must be files that exist, or prompts, got 'a\.txt', which does not exist"):
+        Corpus.of(["a.txt", "b.txt"], Cut())
+    assert Corpus.of(["We read notes.txt", "b.txt"], Cut()).given
+
+
 def test_a_formula_in_a_text_is_no_title(written, model):
     found = contexts(written("some.txt", "one two three\n\n = x + y = \n\nfour five six\n"), model, Cut(words=1))
     assert [each.document for each in found] == ["some.txt:0", "some.txt:1", "some.txt:1", "some.txt:2"]

@@ -127,7 +127,9 @@ def sweep(
         str | None,
         typer.Option(metavar="F,F,...", help="Write the circuits of these faithfulnesses as well."),
     ] = None,
-    no_resume: Annotated[bool, typer.Option("--no-resume", help="Refuse a folder that has a sweep in it.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on with a sweep that is in the folder, or refuse it.")
+    ] = True,
     retry_errors: Annotated[
         bool | None,
         typer.Option("--retry-errors", help="Run parts with errors in them again.", show_default=False),
@@ -180,7 +182,7 @@ def sweep(
         context_words=context_words,
         context_tokens=None if context_tokens is None else _whole(context_tokens, "--context-tokens"),
         per_document=per_document, column=column, limit=limit, shard=shard, engine=engine, workers=workers, gpus=gpus,
-        threads=threads, part_size=part_size, curves=curves, resume=False if no_resume else None,
+        threads=threads, part_size=part_size, curves=curves, resume=resume,
         retry_errors=retry_errors,
         circuits=None if circuits is None else as_numbers(circuits, "--circuits"), graph=graph, method=method,
         family=family, refine=refine, budget=budget, robust=robust, positions=positions,
@@ -333,10 +335,7 @@ def trend(
 ) -> None:
     """How density goes from sweep to sweep: over the checkpoints of a training, over languages."""
     require_folders(csv, html)
-    short = [folder.name for folder in folders]
-    names = short if len(set(short)) == len(short) else [*map(str, folders)]
-    if len(set(names)) < len(names):
-        raise ValueError(f"`DIR` must be different sweeps, got {', '.join(names)}.")
+    names = _names_of(folders)
     with quiet():
         found = td.study.trend(
             folders[0] if len(folders) == 1 else dict(zip(names, map(td.read_sweep, folders), strict=True)),
@@ -475,12 +474,26 @@ def _counted(folder: Path, counts: list[Path] | None, model: str | None) -> Any:
 
 def _by_model(folders: list[Path]) -> dict[str, Any]:
     """Tables by the name of their model; by that of the folder as well, where two are of one model."""
-    tables = [(folder, td.read_sweep(folder)) for folder in folders]
-    models = [str(each.attrs["sweep"]["model"]) for _, each in tables]
-    found = {}
-    for model, (folder, each) in zip(models, tables, strict=True):
-        found[model if models.count(model) == 1 else f"{model} ({folder.name})"] = each
-    return found
+    tables = [td.read_sweep(folder) for folder in folders]
+    models = [str(each.attrs["sweep"]["model"]) for each in tables]
+    names = [
+        model if models.count(model) == 1 else f"{model} ({called})"
+        for model, called in zip(models, _names_of(folders), strict=True)
+    ]
+    return dict(zip(names, tables, strict=True))
+
+
+def _names_of(folders: list[Path]) -> list[str]:
+    """What to call sweeps: by the last part of their paths, if these differ.
+
+    Raises:
+        ValueError: If one is given twice.
+    """
+    short = [folder.name for folder in folders]
+    names = short if len(set(short)) == len(short) else [*map(str, folders)]
+    if len(set(names)) < len(names):
+        raise ValueError(f"`DIR` must be different sweeps, got {', '.join(names)}.")
+    return names
 
 
 def _finish(title: str, found: object, rows: Any, csv: Path | None, html: Path | None, figures: "list[Figure]") -> None:

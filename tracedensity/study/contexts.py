@@ -8,6 +8,7 @@ from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from operator import index
 from os import PathLike
 from os.path import isfile
@@ -196,6 +197,8 @@ class Corpus:
                     f"`prompts` must be files only or prompts only, got files and a {type(wrong[0]).__name__}."
                 )
             return cls(tuple(_file(Path(each), cut) for each in paths), cut, column)
+        if all(isinstance(each, str) and each.endswith(SUFFIXES) and not set(each) & set(" \n") for each in paths):
+            raise ValueError(f"`prompts` must be files that exist, or prompts, got {paths[0]!r}, which does not exist.")
         return cls(prompts, cut, column)
 
     def contexts(self, model: Transformer) -> Iterator[Context]:
@@ -237,7 +240,8 @@ class Corpus:
         """Each line of a text file, or what its documents are cut into.
 
         Documents begin where WikiText, which begins with one, has the title of an article; or else behind empty lines,
-        in which there are no spaces either. Titles are no text.
+        in which there are no spaces either. Titles are no text. Where no line is long enough for a context, lines are
+        taken for those of wrapped paragraphs, between which there are empty lines, and the file for one document.
         """
         if not self.cut:
             for number, line in enumerate(_lines(path)):
@@ -245,6 +249,17 @@ class Corpus:
                     own = f"{name}:{number}"
                     yield Context(own, prompt=line, document=own, source=name)
             return
+        cut = False
+        for context in self._of_lines(path, name, model):
+            cut = True
+            yield context
+        if not cut:
+            taken: dict[str, int] = {}
+            for number, paragraph in enumerate(_paragraphs(path)):
+                yield from self.cut.pieces(Context(name, source=name), number, paragraph, model, taken)
+
+    def _of_lines(self, path: Path, name: str, model: Transformer) -> Iterator[Context]:
+        """What the documents of a text file are cut into, line by line."""
         first = next((line for line in _lines(path) if line.strip()), "")
         with_titles = _TITLE.fullmatch(first)  # a formula in other text may look like one
         number = paragraph = 0
@@ -361,6 +376,13 @@ def _lines(path: Path) -> Iterator[str]:
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         for line in file:
             yield line.rstrip("\n")
+
+
+def _paragraphs(path: Path) -> Iterator[str]:
+    """What stands between empty lines, each on one line."""
+    for empty, lines in groupby(_lines(path), lambda line: not line.strip()):
+        if not empty:
+            yield " ".join(line.strip() for line in lines)
 
 
 def _of_jsonl(path: Path) -> Iterator[tuple[int, Any]]:

@@ -19,9 +19,9 @@ from tracedensity.study.contexts import Context, Corpus, Cut
 from tracedensity.study.counts import Counts, count_tokens
 from tracedensity.study.engines import here, in_processes, on_ray, usual_workers
 from tracedensity.study.folder import Folder, read_sweep, sweep_of
-from tracedensity.study.progress import bar_of
+from tracedensity.study.progress import bar_of, skip
 from tracedensity.study.table import TableName, named_in
-from tracedensity.study.work import Done, Part, Work, Worker, density_options
+from tracedensity.study.work import Done, Part, Work, Worker, density_options, identity_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -154,6 +154,11 @@ def sweep(
             "`model` must be a name or a folder for several processes, each of which loads it, got a model. Save it in "
             "a folder, or take `workers=1`."
         )
+    if gpus and engine != "ray":
+        raise ValueError(
+            '`gpus` must be left out without `engine="ray"`, whose actors they are for. `loading={"device": "cuda"}` '
+            "puts the model of this machine on a GPU."
+        )
     mine = _shard(shard)
     cut = Cut(_index(context_words), _numbers(context_tokens), _index(per_document))
     if cut and options["position"] != -1:
@@ -181,14 +186,12 @@ def sweep(
         raise ValueError(
             f"`counts` must be of the model's own tokens, {transformer.d_vocab}, got {len(counts.of_token)}."
         )
+    identity = identity_of(transformer)
+    if engine == "ray" and "device" not in loading:
+        identity["device"] = "cuda" if gpus else "cpu"  # of actors, whatever this machine has
     about = {
         "model": transformer.name,
-        "fingerprint": transformer.fingerprint(),
-        "tokenizer": transformer.tokenization,
-        # the same weights, of which the last digits depend on these
-        "held_by": type(transformer.model).__name__,
-        "dtype": str(transformer.dtype).removeprefix("torch."),
-        "device": transformer.device.type,
+        **identity,
         **named_in(transformer, options["graph"]),
         "prompts": corpus.about,
         "counts": None if counts is None else {"name": counts.name, "digest": counts.digest},
@@ -199,8 +202,8 @@ def sweep(
         "circuits": kept,
     }
     work = Work(
-        model, transformer.fingerprint(), transformer.tokenization, loading, options, sweep_of(about), counts, curves,
-        kept, threads, is_offloading(),
+        model, identity, loading, options, sweep_of(about), counts=counts, curves=curves, circuits=kept,
+        threads=threads, offload=is_offloading(),
     )  # fmt: skip
     worker = Worker(work, transformer)
     worker.try_options()  # what is wrong for every prompt is refused before anything is written
@@ -210,7 +213,7 @@ def sweep(
         n_prompts += len(part.contexts) if part.number % mine[1] == mine[0] else 0
     if not n_wanted:
         raise ValueError(
-            "`prompts` must hold at least one prompt, got none: all text is too short to be cut, or empty."
+            "`prompts` must hold at least one prompt, got none: no text is long enough to be cut, or all is empty."
         )
     folder = Folder.of(out, about, resume)
     folder.tidy()
@@ -225,8 +228,7 @@ def sweep(
         def missing() -> Iterator[Part]:
             for part in _parts(corpus.contexts(transformer), part_size, limit, mine):
                 if folder.has(part, work, retry_errors):
-                    bar.update(len(part.contexts))
-                    bar.unpause()
+                    skip(bar, len(part.contexts))
                 else:
                     yield part
 
@@ -320,4 +322,4 @@ def _numbers(given: Any) -> tuple[int, ...]:
 
 def _index(given: Any) -> Any:
     """A whole number as JSON can hold it; anything else as it is."""
-    return index(given) if hasattr(given, "__index__") else given
+    return index(given) if hasattr(given, "__index__") and not isinstance(given, bool) else given

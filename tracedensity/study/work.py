@@ -89,8 +89,7 @@ class Work:
 
     Attributes:
         model: Name or folder of the model, or the model itself.
-        fingerprint: Hash of its weights.
-        tokenizer: Hash of its tokenizer.
+        identity: What must be the same wherever it is loaded, see `identity_of`.
         loading: How it is loaded, as `load_model` takes it.
         options: Options of `td.density`, all of them.
         sweep: What the files say of the sweep that they belong to.
@@ -102,8 +101,7 @@ class Work:
     """
 
     model: Any
-    fingerprint: str
-    tokenizer: str
+    identity: Mapping[str, str]
     loading: Mapping[str, Any]
     options: Mapping[str, Any]
     sweep: str
@@ -121,12 +119,23 @@ class Work:
     @property
     def model_key(self) -> tuple[object, ...]:
         """What tells its model from others, so that a process may keep it for other work."""
-        return str(self.model), self.fingerprint, self.tokenizer, repr(sorted(self.loading.items()))
+        return str(self.model), *self.identity.values(), repr(sorted(self.loading.items()))
 
     def kept(self, number: int) -> list[str]:
         """Files of a prompt's own."""
         circuits = [f"circuits/{number:07d}-{each!r}.safetensors" for each in self.circuits]
         return [*([f"curves/{number:07d}.safetensors"] if self.curves else []), *circuits]
+
+
+def identity_of(model: Transformer) -> dict[str, str]:
+    """What numbers depend on: hashes of weights and tokenizer, and, for their last digits, what runs them and where."""
+    return {
+        "fingerprint": model.fingerprint(),
+        "tokenizer": model.tokenization,
+        "held_by": type(model.model).__name__,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+    }
 
 
 def density_options(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,14 +203,11 @@ class Worker:
         if self.loaded is not None:
             return self.loaded
         model = as_transformer(load_model(self.work.model, **self.work.loading))
-        for what, found, first in (
-            ("weights", model.fingerprint(), self.work.fingerprint),
-            ("a tokenizer", model.tokenization, self.work.tokenizer),
-        ):
-            if found != first:
+        for what, found in identity_of(model).items():
+            if found != self.work.identity[what]:
                 raise ValueError(
-                    f"`model` must be the same for all workers, got {what} of hash {found!r} for {self.work.model!r} "
-                    f"and {first!r} elsewhere."
+                    f"`model` must be the same for all workers, got {what} {found!r} for {self.work.model!r} and "
+                    f"{self.work.identity[what]!r} elsewhere."
                 )
         return model
 
