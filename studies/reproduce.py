@@ -28,6 +28,9 @@ from training import train
 
 ROOT = Path(__file__).parents[1]
 
+STORIES = ", and stories260K, a Llama of 0.3 million trained on children's stories"
+"""What the page says of the model that need not be there."""
+
 
 def main(
     data: Annotated[Path, typer.Option(help="Folder with wikitext2/ and books/.")] = ROOT.parent / "shared" / "data",
@@ -62,7 +65,8 @@ def main(
     took = f"{(time.monotonic() - begun) / 60:.0f} minutes on {os.cpu_count()} cores"
     about = {
         "contexts": f"{contexts:,}", "sweeps": len(swept), "prompts": f"{sum(each.n_prompts for each in swept):,}",
-        "tokens": f"{tokens:,}", "took": took + " (some sweeps had been made before)" * gone_on,
+        "tokens": f"{tokens:,}", "stories": STORIES * ("stories260K" in sweeps.trained),
+        "took": took + " (some sweeps had been made before)" * gone_on,
     }  # fmt: skip
     page.write_text(written(found, about), encoding="utf-8")
     typer.echo(f"{page} written. All of it took {about['took']}.")

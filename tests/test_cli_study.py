@@ -90,6 +90,18 @@ def test_models_are_compared_by_their_folders(folder, tmp_path, capsys):
     assert main(["study", "compare", str(folder / "out"), str(other), *few]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
     assert "books-gpt2" in said and "books-llama" in said and out.exists()
+    csv = tmp_path / "table.csv"
+    for name, columns in (
+        ("families", ["pairs", "n_pairs"]),
+        ("reliability", ["model", "halves"]),
+        ("matrix", ["model"]),
+    ):
+        asked = ["--families", "GPT-2,Llama", "--table", name, "--csv", str(csv)]
+        assert main(["study", "compare", str(folder / "out"), str(other), *few[:4], *asked]) == 0
+        assert "between families" in capsys.readouterr().out
+        assert [*pd.read_csv(csv).columns[: len(columns)]] == columns
+    assert main(["study", "compare", str(folder / "out"), str(other), "--families", "Llama"]) == 2
+    assert "`--families` must be 2 names" in capsys.readouterr().err
     assert main(["study", "compare", str(other)]) == 2
     assert "two or more" in capsys.readouterr().err
 

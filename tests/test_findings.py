@@ -29,8 +29,8 @@ def test_verdicts_say_where_a_rule_holds():
     some = {"a": False, "b": True, "c": False}
     assert verdict_of({"x": yes, "y": some, "z": no}) == "It depends (yes: x; only for b: y; no: z)"
     assert verdict_of({"x": {**yes, "c": False}}) == "It depends (yes, but for c: x)"
-    many = {str(number): number % 2 == 0 for number in range(12)}
-    assert verdict_of({"x": many}) == "It depends (in 6 of 12: x)"
+    many = {str(number): number == 0 for number in range(12)}
+    assert verdict_of({"x": many}) == "It depends (in 1 of 12: x)"
 
 
 def test_a_ratio_given_length_leaves_out_what_length_makes():
@@ -140,34 +140,42 @@ def test_verdicts_are_those_of_what_was_planted(answers):
     verdicts = {letter: each.verdict for letter, each in found.items()}
     # 10 ** (-1.6 + log(9) / 1.5) of all edges are 72%; where curves are bent, 10 ** (-2.6 / 2) are 5%
     assert verdicts["a"] == (
-        "It depends: published sparse; tight dense" if planted_there else "Reproduced: published dense; tight dense"
+        f"It depends: published sparse; tight (of {N} contexts) dense"
+        if planted_there
+        else f"Reproduced: published dense; tight (of {N} contexts) dense"
     )
     assert verdicts["g"] == "The area, from checkpoint to checkpoint: no clear change, up"
     if planted_there:
-        assert verdicts["b"] == verdicts["f"] == "Reproduced"
+        assert verdicts["b"] == (
+            "Reproduced; with shuffled weights as well: sizes differ at 0.5, sizes differ at 0.8, "
+            "beyond noise by halves"
+        )
+        # the planted points of all models are shallow
+        assert verdicts["f"] == "Reproduced; with shuffled weights as well: small circuits nearer to the frequencies"
         assert verdicts["c"].startswith("Reproduced; ")
         assert verdicts["d"] == (
-            "It depends (yes: rarity of the target, rarity of the target given entropy; no: of the prediction, "
-            "of the prediction given entropy, expected, expected given entropy)"
+            "It depends (yes: rarity of the target, rarity of the target given entropy; no: rarity of the prediction, "
+            "rarity of the prediction given entropy, expected rarity, expected rarity given entropy)"
         )
         # of twenty components that enter anywhere, few are in small circuits
         assert verdicts["e"].startswith(
             "It depends (yes: fraction, size, per token, later fraction, area, area of one edge or more; yes, but for "
         )
         assert "component share)" in verdicts["e"]
-        assert verdicts["e"].endswith("; with shuffled weights density falls as well by per token")
+        assert verdicts["e"].endswith("; with shuffled weights as well: per token")
     else:
         assert verdicts["d"] == verdicts["f"] == "Not reproduced"
         assert verdicts["c"].startswith("Not reproduced; ")
         # what stays as it is, is less per token
         assert verdicts["e"] == (
             "It depends (no: fraction, size, component share, later fraction, area, area of one edge or more; "
-            "yes: per token); with shuffled weights density falls as well by per token"
+            "yes: per token); with shuffled weights as well: per token"
         )
         # sizes of contexts are a normal's, of deviation 0.15 in log10, and both scorings find the same
         assert verdicts["b"] == (
             "It depends (no: sizes differ at 0.5, sizes differ at 0.8, sizes differ at 0.9; "
             "yes: beyond noise by halves, beyond noise by another scoring)"
+            "; with shuffled weights as well: beyond noise by halves, beyond noise by another scoring"
         )
 
 
@@ -183,7 +191,7 @@ def test_tables_have_a_row_for_each_sweep_and_no_unknown_number(answers):
 
 def test_the_page_asks_for_what_is_found(answers, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(go.Figure, "write_image", lambda self, path, **_: Path(path).write_bytes(b""))
-    about = {"contexts": 1, "sweeps": 2, "prompts": 3, "tokens": 4, "took": "long"}
+    about = {"contexts": 1, "sweeps": 2, "prompts": 3, "tokens": 4, "took": "long", "stories": ""}
     draw(answers[1], tmp_path / "images")
     page = written(answers[1], about)
     assert "$" not in page and "long" in page

@@ -46,10 +46,21 @@ def test_a_component_that_always_comes_stands_out():
 
 def test_p_of_recurrence_is_that_of_all_draws():
     present = np.array([[1, 0], [1, 0], [1, 1], [0, 0]], dtype=bool)
-    table, _ = recurrence_of(present, ["a", "b"], 0, 0)
+    table, _ = recurrence_of(present, ["a0", "a1"], 0, 0)
     # two prompts draw one of two components, one has both, one none: 1 + Binomial(2, 1/2); p doubles the smaller tail
     assert table["p"].tolist() == pytest.approx([2 * 0.25, 2 * 0.25])
     assert table["often"].tolist() == [0.75, 0.25]
+
+
+def test_what_every_circuit_needs_says_nothing_of_other_kinds():
+    """Skip connections that always come: drawn among all, they would make every head rare."""
+    generator = np.random.default_rng(0)
+    present = np.hstack([np.ones((300, 4), dtype=bool), generator.random((300, 6)).argsort(1) < 2])
+    names = [*(f"r{number}" for number in range(4)), *(f"a{number}" for number in range(6))]
+    table, null = recurrence_of(present, names, 200, 0)
+    assert table["expected"].tolist() == pytest.approx([1.0] * 4 + [1 / 3] * 6)
+    assert (table["p_holm"] > 0.05).all() and table["p"][:4].tolist() == [1.0] * 4
+    assert table["often"].var(ddof=0) < null
 
 
 @pytest.mark.parametrize("bend", [-3.0, -2.0, -1.0])

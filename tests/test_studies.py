@@ -495,6 +495,24 @@ def test_what_cannot_be_compared_is_refused():
         td.study.compare({"a": planted(5), "b": planted(5)}, others={"c": planted(5)})
 
 
+def test_means_within_and_between_families_are_those_of_their_pairs():
+    tables = {name: planted(60, number) for number, name in enumerate("abcd")}
+    options = {"n_bootstrap": 50, "n_permutations": 0, "seed": 3}
+    found = td.study.compare(tables, families={"a": "x", "b": "y", "c": "x", "d": "y"}, **options)
+    rho = {(row["a"], row["b"]): row["rho"] for row in found.table.to_dict("records")}
+    within = [("a", "c"), ("b", "d")]
+    rows = found.families.set_index("pairs")
+    assert rows["mean"]["within"] == pytest.approx(np.mean([rho[pair] for pair in within]))
+    assert rows["mean"]["between"] == pytest.approx(np.mean([rho[pair] for pair in rho if pair not in within]))
+    assert rows["n_pairs"].to_dict() == {"within": 2, "between": 4}
+    alone = td.study.compare({name: tables[name] for name in "ac"}, **options)
+    pair = td.study.compare({name: tables[name] for name in "ac"}, families={"a": "x", "c": "x"}, **options)
+    (row,) = pair.families.to_dict("records")
+    assert (row["mean"], row["low"], row["high"]) == (alone.mean, alone.low, alone.high) and not len(alone.families)
+    with pytest.raises(ValueError, match="`families` must say what each model belongs to"):
+        td.study.compare(tables, families={"a": "x"}, **options)
+
+
 @pytest.mark.parametrize("order", ["abc", "bca", "cab"])
 def test_what_two_models_share_by_length_alone_is_no_finding_whichever_comes_first(order: str):
     """The strata of a pair are of its own models' lengths: those of a say nothing."""

@@ -28,7 +28,7 @@ PERMUTATIONS = 10_000
 """As many as studies draw if nothing is said."""
 
 _NAMED = 3
-"""So many sweeps are named where a rule holds for some of them."""
+"""So many sweeps, of twice as many at most, are named where a rule holds for some of them."""
 
 Row = dict[str, Any]
 Estimate = tuple[float, float, float]  # and its interval
@@ -117,14 +117,20 @@ def verdict_of(holds: Holds) -> str:
     return f"{word} (" + "; ".join(f"{where}: {', '.join(names)}" for where, names in kinds.items()) + ")"
 
 
+def also_null(holds: Holds) -> str:
+    """What is so of the null control as well, so that training has not made it."""
+    names = [name for name, where in holds.items() if all(where.values())]
+    return f"; with {NULL} weights as well: {', '.join(names)}" if names else ""
+
+
 def _where(where: Mapping[str, bool]) -> str:
     """For which sweeps something is so."""
     yes, no = ([name for name, each in where.items() if each is wanted] for wanted in (True, False))
     if not no or not yes:
         return "no" if no else "yes"
-    if len(yes) <= min(_NAMED, len(no)):
-        return f"only for {' and '.join(yes)}"
-    return f"yes, but for {' and '.join(no)}" if len(no) <= _NAMED else f"in {len(yes)} of {len(where)}"
+    if len(where) > 2 * _NAMED:
+        return f"in {len(yes)} of {len(where)}"
+    return f"only for {' and '.join(yes)}" if len(yes) <= len(no) else f"yes, but for {' and '.join(no)}"
 
 
 def corrected(found: Mapping[T, Any], names: Sequence[str], n_permutations: int) -> dict[T, Any]:

@@ -75,7 +75,9 @@ def find(sweeps: Sweeps) -> Finding:
         }
         for estimator, found in words.items()
     }
-    kinds = "; ".join(f"{estimator} {_said(found)}" for estimator, found in words.items())
+    few = min(int(row["contexts"]) for row in rows if row["estimator"] == "tight")
+    names = {"published": "published", "tight": f"tight (of {few} contexts)"}
+    kinds = "; ".join(f"{names[estimator]} {_said(found)}" for estimator, found in words.items())
     also = {
         "ratios": each_of(sweeps.trained, lambda model: _ratio(sweeps, model)),
         "entropy": each_of(sweeps.models, lambda model: f"{sweeps.rows(model)['entropy'].median():.2f}"),

@@ -7,7 +7,19 @@ import plotly.graph_objects as go
 from jaxtyping import Float, Int
 
 from studies.corpora import NULL, THRESHOLDS
-from studies.findings.answer import HUES, Finding, Holds, Row, Sweeps, as_number, each_of, shares, table_of, verdict_of
+from studies.findings.answer import (
+    HUES,
+    Finding,
+    Holds,
+    Row,
+    Sweeps,
+    also_null,
+    as_number,
+    each_of,
+    shares,
+    table_of,
+    verdict_of,
+)
 from tracedensity.plot.theme import finished
 from tracedensity.study.covariates import outcome_of, unique_prompts
 from tracedensity.study.grid import half_areas
@@ -23,18 +35,19 @@ def find(sweeps: Sweeps) -> Finding:
     """How far sizes differ between contexts of one length, and how much of the area's variance is noise."""
     rows: list[Row] = []
     holds: Holds = {}
+    untrained: Holds = {}
     figure = go.Figure()
     for model in sweeps.models:
         known = unique_prompts(sweeps.rows(model))
         other = unique_prompts(sweeps.rows(model, kind="flow"))
         row: Row = {"model": model}
+        asked = untrained if model == NULL else holds
         for threshold in THRESHOLDS:
             size = outcome_of(known, "fraction", threshold)
             both = np.stack([size, np.log(known["n_tokens"].to_numpy(float))], axis=1)
             given = (ratio_given_length(both), *sweeps.interval(both, known["document"], ratio_given_length))
             row[f"90th / 10th at {threshold:g}"] = f"{_ratio(size):.1f}; given length {as_number(given, '.1f')}"
-            if model != NULL:
-                holds.setdefault(f"sizes differ at {threshold:g}", {})[model] = given[1] >= RANGE
+            asked.setdefault(f"sizes differ at {threshold:g}", {})[model] = given[1] >= RANGE
         halves = np.array([half_areas(*each) for each in zip(known["sizes"], known["faithfulness"], strict=True)])
         upper = sweeps.correlation(halves, known["document"])
         area = outcome_of(known, "area")
@@ -47,15 +60,15 @@ def find(sweeps: Sweeps) -> Finding:
             "with another scoring": as_number(lower),
             "noise": " to ".join(f"{each:.0%}" for each in sorted((1 - upper[0], 1 - max(lower[0], 0)))),
             "between articles": f"{max(intraclass(area, codes(known['document'].to_numpy())), 0):.0%}",
+            "contexts (other scoring)": f"{len(known)} ({len(both[0])})",
         })  # fmt: skip
         share = np.sort(10 ** outcome_of(known, "fraction", _TARGET))
         figure.add_scatter(
             x=share, y=(np.arange(len(share)) + 0.5) / len(share), name=model, mode="lines",
             line={"color": HUES[model], "dash": "dot" if model == NULL else "solid"},
         )  # fmt: skip
-        if model != NULL:
-            holds.setdefault("beyond noise by halves", {})[model] = upper[1] > 0.5
-            holds.setdefault("beyond noise by another scoring", {})[model] = lower[1] > 0.5
+        asked.setdefault("beyond noise by halves", {})[model] = upper[1] > 0.5
+        asked.setdefault("beyond noise by another scoring", {})[model] = lower[1] > 0.5
     finished(
         figure, f"What contexts need for {_TARGET:.0%} faithfulness", ["WikiText", "published estimator"],
         plot_height=300,
@@ -63,7 +76,7 @@ def find(sweeps: Sweeps) -> Finding:
     figure.update_xaxes(title="share of all edges", **shares())
     figure.update_yaxes(title="share of contexts", tickformat=".0%")
     bound = each_of(sweeps.trained, lambda model: f"{_most(sweeps.rows(model)):.1f}")
-    return Finding(verdict_of(holds), table_of(rows), {"": figure}, {"bound": bound})
+    return Finding(verdict_of(holds) + also_null(untrained), table_of(rows), {"": figure}, {"bound": bound})
 
 
 def _ratio(log_size: Float[np.ndarray, " row"]) -> float:

@@ -14,6 +14,7 @@ from studies.findings.answer import (
     Holds,
     Row,
     Sweeps,
+    also_null,
     corrected,
     star,
     table_of,
@@ -74,9 +75,9 @@ def find(sweeps: Sweeps) -> Finding:
     verdict = verdict_of(holds)
     if up := [name for name, each in rises.items() if all(each.values())]:
         verdict += f"; it rises everywhere by {', '.join(up)}"
-    if down := [name for name, each in untrained.items() if all(each.values())]:
-        verdict += f"; with {NULL} weights density falls as well by {', '.join(down)}"
-    return Finding(verdict, table_of(rows), {"": _figure(found)}, {"areas": table_of([*areas.values()])})
+    return Finding(
+        verdict + also_null(untrained), table_of(rows), {"": _figure(found)}, {"areas": table_of([*areas.values()])}
+    )
 
 
 def _figure(found: dict[tuple[str, float], Any]) -> go.Figure:

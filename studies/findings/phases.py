@@ -7,7 +7,18 @@ import plotly.graph_objects as go
 
 import tracedensity as td
 from studies.corpora import NULL
-from studies.findings.answer import Estimate, Finding, Holds, Row, Sweeps, as_number, of_sweep, table_of, verdict_of
+from studies.findings.answer import (
+    Estimate,
+    Finding,
+    Holds,
+    Row,
+    Sweeps,
+    also_null,
+    as_number,
+    of_sweep,
+    table_of,
+    verdict_of,
+)
 from tracedensity.study.inventory import shortest_path
 
 NEARER = 0.05
@@ -18,6 +29,7 @@ def find(sweeps: Sweeps) -> Finding:
     """Where mean curves break, and whether small circuits predict what is frequent."""
     rows: list[Row] = []
     holds: Holds = {}
+    untrained: Holds = {}
     figures: dict[str, go.Figure] = {}
     for corpus in ("wikitext", "books"):
         null = None
@@ -33,19 +45,19 @@ def find(sweeps: Sweeps) -> Finding:
                 "break of random circuits": "not run" if random is None else _break(random),
                 "top token in half from": f"{lasting.iloc[0]:.2%}",
                 "nearest to the frequencies at": f"{share:.2%}", "nearer than the model by": as_number(nearer),
+                "contexts": found.n,
             })  # fmt: skip
-            if model == NULL:
-                null = circuits
-                continue
-            figures = figures or {"": found.plot("phases"), "predictions": found.plot("prediction")}
-            assert null is not None
-            apart = null.break_at is None or circuits.high < null.low or circuits.low > null.high
             bent = circuits.break_at is not None and circuits.found >= 0.95 and circuits.slopes[0] > circuits.slopes[-1]
-            where = of_sweep(model, corpus)
-            holds.setdefault("steep, then flat", {})[where] = bent
-            holds.setdefault(f"broken elsewhere than with {NULL} weights", {})[where] = bent and apart
-            holds.setdefault("small circuits nearer to the frequencies", {})[where] = nearer[1] > NEARER
-    return Finding(verdict_of(holds), table_of(rows), figures, {})
+            where, asked = of_sweep(model, corpus), untrained if model == NULL else holds
+            asked.setdefault("steep, then flat", {})[where] = bent
+            if null is None:
+                null = circuits
+            else:
+                apart = null.break_at is None or circuits.high < null.low or circuits.low > null.high
+                holds.setdefault(f"broken elsewhere than with {NULL} weights", {})[where] = bent and apart
+                figures = figures or {"": found.plot("phases"), "predictions": found.plot("prediction")}
+            asked.setdefault("small circuits nearer to the frequencies", {})[where] = nearer[1] > NEARER
+    return Finding(verdict_of(holds) + also_null(untrained), table_of(rows), figures, {})
 
 
 def _pieces(each: Any) -> str:

@@ -11,6 +11,7 @@ from studies.findings.answer import (
     Holds,
     Row,
     Sweeps,
+    also_null,
     corrected,
     of_sweep,
     table_of,
@@ -18,7 +19,8 @@ from studies.findings.answer import (
 )
 
 _RARITIES = {
-    "rarity_target": "rarity of the target", "rarity_top": "of the prediction", "rarity_expected": "expected",
+    "rarity_target": "rarity of the target", "rarity_top": "rarity of the prediction",
+    "rarity_expected": "expected rarity",
     "entropy": "entropy",
 }  # fmt: skip
 _PERMUTATIONS = 3 * PERMUTATIONS  # for so many tests
@@ -29,6 +31,7 @@ def find(sweeps: Sweeps) -> Finding:
     """Correlations of density with three rarities, plain and given entropy."""
     rows: list[Row] = []
     holds: Holds = {}
+    untrained: Holds = {}
     found: dict[tuple[str, str], Any] = {}
     for model in sweeps.models:
         for corpus in ("wikitext", "books"):
@@ -46,9 +49,12 @@ def find(sweeps: Sweeps) -> Finding:
                     significant = each[f"{kind}p_holm"] < SIGNIFICANT
                     above, below = each[f"{kind}low"] > 0, each[f"{kind}high"] < 0
                     said.append(f"{each[f'{kind}rho']:.2f}" + "*" * bool(significant and (above or below)))
-                    if model != NULL and covariate != "entropy":
+                    if covariate != "entropy":
                         where = f"{of_sweep(model, corpus)} by {called}"
-                        holds.setdefault(f"{name}{given}", {})[where] = bool(significant and above)
+                        asked = untrained if model == NULL else holds
+                        asked.setdefault(f"{name}{given}", {})[where] = bool(significant and above)
                 row[name] = ", ".join(said)
-            rows.append(row)
-    return Finding(verdict_of(holds), table_of(rows), {"": next(iter(found.values())).plot("area")}, {})
+            rows.append({**row, "contexts": int(known["n"].max())})
+    return Finding(
+        verdict_of(holds) + also_null(untrained), table_of(rows), {"": next(iter(found.values())).plot("area")}, {}
+    )

@@ -9,6 +9,7 @@ from studies.findings.answer import (
     Holds,
     Row,
     Sweeps,
+    also_null,
     as_number,
     corrected,
     table_of,
@@ -17,6 +18,8 @@ from studies.findings.answer import (
 
 PAPERS = 0.52
 """The mean correlation of the papers' ten models."""
+
+_FAMILIES = {"books-gpt2": "GPT-2", "books-llama": "Llama", "stories260K": "Llama"}
 
 
 def find(sweeps: Sweeps) -> Finding:
@@ -33,6 +36,7 @@ def find(sweeps: Sweeps) -> Finding:
     tests = corrected(found, ("p", "length_p", "partial_p"), PERMUTATIONS)
     rows: list[Row] = []
     holds: Holds = {}
+    untrained: Holds = {}
     for corpus, table in tests.items():
         for row in table.to_dict("records"):
             plain, length, partial = (
@@ -45,19 +49,25 @@ def find(sweeps: Sweeps) -> Finding:
                 "given entropies and rarities too": as_number(partial), "p of that": f"{row['partial_p_holm']:.2g}",
                 "ceiling": f"{row['ceiling_low']:.2f} to {row['ceiling_high']:.2f}", "contexts": row["n"],
             })  # fmt: skip
-            if NULL not in (row["a"], row["b"]):
-                where = f"{row['a']} with {row['b']}" + " on books" * (corpus == "books")
-                for name, kind in (("given lengths", "length"), ("beyond entropy and rarity", "partial")):
-                    significant = row[f"{kind}_low"] > 0 and row[f"{kind}_p_holm"] < SIGNIFICANT
-                    holds.setdefault(name, {})[where] = significant
-    # the mean of these alone, with its interval
+            where = f"{row['a']} with {row['b']}" + " on books" * (corpus == "books")
+            for name, kind in (("given lengths", "length"), ("beyond entropy and rarity", "partial")):
+                significant = row[f"{kind}_low"] > 0 and row[f"{kind}_p_holm"] < SIGNIFICANT
+                asked = untrained if NULL in (row["a"], row["b"]) else holds
+                asked.setdefault(name, {})[where] = significant
+    # means of these alone, with their intervals
     trained = {
         corpus: td.study.compare(
-            {model: tables[corpus][model] for model in sweeps.trained}, n_bootstrap=sweeps.n_draws, n_permutations=0
+            {model: tables[corpus][model] for model in sweeps.trained}, n_bootstrap=sweeps.n_draws, n_permutations=0,
+            families={model: _FAMILIES[model] for model in sweeps.trained},
         )
         for corpus in texts
-    }
+    }  # fmt: skip
     means = {corpus: as_number((each.mean, each.low, each.high)) for corpus, each in trained.items()}
+    means["families"] = "; ".join(
+        f"{row['pairs']} families {as_number((row['mean'], row['low'], row['high']))} on {corpus}"
+        for corpus, each in trained.items()
+        for row in each.families.to_dict("records")
+    )
     average = sum(each.mean for each in trained.values()) / len(trained)
-    verdict = f"{verdict_of(holds)}; {average:.2f} on average (papers: {PAPERS})"
+    verdict = f"{verdict_of(holds)}; {average:.2f} on average (papers: {PAPERS}){also_null(untrained)}"
     return Finding(verdict, table_of(rows), {"": found["wikitext"].plot()}, means)

@@ -72,6 +72,10 @@ BootstrapOption = Annotated[
 PermutationsOption = Annotated[
     int | None, typer.Option("--permutations", metavar="N", min=0, help="How often prompts are exchanged.")
 ]
+SignsOption = Annotated[
+    int | None,
+    typer.Option("--permutations", metavar="N", min=0, help="How often the signs of whole documents are turned."),
+]
 
 
 def sweep(
@@ -268,8 +272,9 @@ def lengths(
     outcome: OutcomesOption = None,
     threshold: ThresholdOption = None,
     bootstrap: BootstrapOption = None,
-    permutations: PermutationsOption = None,
+    permutations: SignsOption = None,
     seed: SeedOption = None,
+    rows: Annotated[Literal["slopes", "means"], typer.Option("--table", help="What `--csv` writes.")] = "slopes",
     csv: CsvOption = None,
     html: HtmlOption = None,
 ) -> None:
@@ -283,7 +288,8 @@ def lengths(
                 n_permutations=permutations, seed=seed,
             ),
         )  # fmt: skip
-    _finish("Density and the length of the context", found, found.table, csv, html, [found.plot()] if html else [])
+    written = {"slopes": found.table, "means": found.by_length}[rows]
+    _finish("Density and the length of the context", found, written, csv, html, [found.plot()] if html else [])
 
 
 @study.command()
@@ -295,25 +301,38 @@ def compare(
         list[Path] | None,
         typer.Option(metavar="DIR", help="Sweeps of the same models with another method, for reliability."),
     ] = None,
+    families: Annotated[
+        str | None,
+        typer.Option(metavar="A,B,...", help="Family of each DIR's model, for means within and between these."),
+    ] = None,
     outcome: OutcomeOption = None,
     threshold: ThresholdOption = None,
     bootstrap: BootstrapOption = None,
     permutations: PermutationsOption = None,
     seed: SeedOption = None,
+    rows: Annotated[
+        Literal["pairs", "reliability", "matrix", "families"], typer.Option("--table", help="What `--csv` writes.")
+    ] = "pairs",
     csv: CsvOption = None,
     html: HtmlOption = None,
 ) -> None:
     """Whether the same inputs are dense for different models."""
     require_folders(csv, html)
     with quiet():
+        tables = _by_model(folders)
         found = td.study.compare(
-            _by_model(folders),
+            tables,
             others=_by_model(other or []),
+            families=None if families is None else _families(families, [*tables]),
             **only_given(
                 outcome=outcome, threshold=threshold, n_bootstrap=bootstrap, n_permutations=permutations, seed=seed
             ),
         )
-    _finish("The density of different models", found, found.table, csv, html, [found.plot()] if html else [])
+    matrix = found.matrix.rename_axis("model").reset_index()
+    written = {"pairs": found.table, "reliability": found.reliability, "matrix": matrix, "families": found.families}[
+        rows
+    ]
+    _finish("The density of different models", found, written, csv, html, [found.plot()] if html else [])
 
 
 @study.command()
@@ -328,7 +347,7 @@ def trend(
     outcome: OutcomeOption = None,
     threshold: ThresholdOption = None,
     bootstrap: BootstrapOption = None,
-    permutations: PermutationsOption = None,
+    permutations: SignsOption = None,
     seed: SeedOption = None,
     csv: CsvOption = None,
     html: HtmlOption = None,
@@ -481,6 +500,14 @@ def _by_model(folders: list[Path]) -> dict[str, Any]:
         for model, called in zip(models, _names_of(folders), strict=True)
     ]
     return dict(zip(names, tables, strict=True))
+
+
+def _families(said: str, models: list[str]) -> dict[str, str]:
+    """Families of models, by their names."""
+    names = said.split(",")
+    if len(names) != len(models):
+        raise ValueError(f"`--families` must be {len(models)} names, one for each sweep, got {said!r}.")
+    return dict(zip(models, names, strict=True))
 
 
 def _names_of(folders: list[Path]) -> list[str]:

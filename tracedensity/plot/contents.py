@@ -97,8 +97,11 @@ def _recurrence(contents: "Contents", theme: Theme | str) -> go.Figure:
         marker={"color": [COLOURS["head"] if each else COLOURS["residual"] for each in stays]},
         hovertemplate="%{x:.0%} of prompts<extra></extra>",
     )  # fmt: skip
-    expected = float(contents.recurrence["expected"].iloc[0])
-    figure.add_vline(x=expected, line={"color": INK, "dash": "dot", "width": 1.5})
+    figure.add_scatter(
+        x=table["expected"], y=place, mode="markers", showlegend=False,
+        marker={"symbol": "line-ns", "size": 11, "line": {"color": INK, "width": 2}},
+        hovertemplate="%{x:.0%} by chance<extra></extra>",
+    )  # fmt: skip
     figure.update_yaxes(tickvals=place, ticktext=names)
     figure.update_xaxes(title="share of prompts", tickformat=".0%", range=[0, 1.02])
     about = [f"circuits of {percent(contents.share)} of all edges", f"{contents.n} prompts"]
@@ -106,7 +109,7 @@ def _recurrence(contents: "Contents", theme: Theme | str) -> go.Figure:
     return finished(
         figure, "Which components come again", about, plot_height=max(120, 16 * len(table)), theme=theme, left=84,
         remark=(f"The first {_NAMED}; {left_out} are left out. " if left_out else "")
-        + "Dotted: if each prompt drew as many at random. Grey: no further from that than chance.",
+        + "Ticks: if each prompt drew as many of the kind at random. Grey: no further from that than chance.",
     )  # fmt: skip
 
 

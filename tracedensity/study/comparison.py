@@ -6,7 +6,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from pandas import DataFrame
 
 from tracedensity.study.covariates import AREAS, outcome_of, unique_prompts
@@ -48,6 +48,8 @@ class Comparison:
         low: Lower end of its interval.
         high: Its upper end.
         outcome: What was compared.
+        families: The same mean over the pairs within families of models, and between them: `pairs` and `n_pairs`,
+            `mean`, `low`, `high`; empty if no families were given.
     """
 
     table: DataFrame
@@ -57,6 +59,7 @@ class Comparison:
     low: float
     high: float
     outcome: str
+    families: DataFrame
 
     def plot(self, *, theme: "Theme | str" = "light") -> "go.Figure":
         """The matrix, and what is left of it given other things, see `tracedensity.plot.models.plot_models`."""
@@ -67,10 +70,14 @@ class Comparison:
     def __str__(self) -> str:
         table: Any = self.table
         reliability: Any = self.reliability
+        families = (
+            f"\n{each['pairs']} families {each['mean']:.3f} ({each['low']:.3f} to {each['high']:.3f})"
+            for each in self.families.to_dict("records")
+        )
         return (
             f"mean correlation of {self.outcome} {self.mean:.3f} ({self.low:.3f} to {self.high:.3f})\n"
             f"{table.to_string(index=False, float_format='{:.3g}'.format)}\n"
-            f"{reliability.to_string(index=False, float_format='{:.3g}'.format)}"
+            f"{reliability.to_string(index=False, float_format='{:.3g}'.format)}" + "".join(families)
         )
 
 
@@ -80,6 +87,7 @@ def compare(
     outcome: str = "area",
     threshold: float | int = 0.9,
     others: Mapping[str, DataFrame] | None = None,
+    families: Mapping[str, str] | None = None,
     n_bootstrap: int = 2000,
     n_permutations: int = 10_000,
     seed: int = 0,
@@ -96,6 +104,7 @@ def compare(
         threshold: Faithfulness at which sizes are taken.
         others: Sweeps of the same models over the same prompts in which edges were scored in another way, for how
             reliable the measure is.
+        families: What each model belongs to, for means within and between families.
         n_bootstrap: How often documents are resampled, for all models at once.
         n_permutations: How often the inputs of one model are exchanged within strata of similar length, both models'
             together. Lengths still differ within a stratum: what density owes to them is left in `p`, and taken out of
@@ -113,6 +122,8 @@ def compare(
     known = {name: unique_prompts(table, needed) for name, table in tables.items()}
     if unknown := [name for name in others or {} if name not in known]:
         raise ValueError(f"`others` must be of models in `tables`, {names}, got {unknown}.")
+    if families is not None and {*families} != {*names}:
+        raise ValueError(f"`families` must say what each model belongs to, {names}, got {[*families]}.")
     common = sorted(set.intersection(*(set(table.index) for table in known.values())))
     if len(common) < 3:
         raise ValueError(f"`tables` must have inputs in common, the same texts, got {len(common)} for {names}.")
@@ -157,13 +168,24 @@ def compare(
     together = np.stack([y[name] for name in names], axis=1)
     matrix = rank_correlations(together)
     apart = np.triu_indices(len(names), 1)
-    draws = resampled(document, n_bootstrap, seed)
-    low, high = interval([float(rank_correlations(together[rows])[apart].mean()) for rows in draws])
+    again = [rank_correlations(together[rows])[apart] for rows in resampled(document, n_bootstrap, seed)]
+
+    def mean_of(some: Bool[np.ndarray, " pair"]) -> tuple[float, float, float]:
+        return float(matrix[apart][some].mean()), *interval([float(each[some].mean()) for each in again])
+
+    means = []
+    if families is not None:
+        same_family = np.array([families[a] == families[b] for a, b in combinations(names, 2)])
+        for called, some in (("within", same_family), ("between", ~same_family)):
+            if some.any():
+                mean, low, high = mean_of(some)
+                means.append({"pairs": called, "n_pairs": int(some.sum()), "mean": mean, "low": low, "high": high})
     return Comparison(
         made,
         DataFrame([{"model": name, **values} for name, values in reliability.items()]),
         DataFrame(matrix, index=names, columns=names),
-        float(matrix[apart].mean()), low, high, outcome,
+        *mean_of(np.ones(len(pairs) // 3, dtype=bool)), outcome,
+        DataFrame(means, columns=["pairs", "n_pairs", "mean", "low", "high"]),
     )  # fmt: skip
 
 

@@ -67,8 +67,9 @@ class Contents:
             interval; the share of edges that are of each part (``part=heads``) and in each quarter of the layers
             (``quarter=1``, the lowest).
         recurrence: One row per component: `often`, the share of prompts in whose circuit it has an edge; `expected`
-            where each prompt drew as many components at random; `p` and `p_holm` of being so far from that, prompts
-            taken as independent, which those of one document are not quite.
+            where each prompt drew its heads, MLPs and skip connections at random, as many of each kind as it has: what
+            leads anywhere must have some of a kind. `p` and `p_holm` of being so far from that, prompts taken as
+            independent, which those of one document are not quite.
         share: Size of the circuits whose components are counted, as a share of all edges.
         spread: Variance of `often` over components; `null_spread` is its 95th percentile under the same null.
         null_spread: See there.
@@ -115,7 +116,7 @@ class Contents:
         return (
             f"components in circuits of {self.share:g} of all edges: how often each comes has a variance of "
             f"{self.spread:.3g} ({self.null_spread:.3g} by chance)\n"
-            f"{more} of {len(rows)} come more often than the {rows['expected'].mean():.0%} expected by chance, {less} "
+            f"{more} of {len(rows)} come more often than if each prompt drew as many of their kind at random, {less} "
             f"less often (p < 0.05, Holm); most often {named}"
         )
 
@@ -200,11 +201,11 @@ def _filled(
 def recurrence_of(
     present: Bool[np.ndarray, "prompt component"], names: Sequence[str], n_null: int, seed: int
 ) -> tuple[DataFrame, float]:
-    """How often each component comes, beside what would be if each prompt drew as many of them at random.
+    """How often each component comes, beside what would be if each prompt drew as many of each kind at random.
 
     Args:
         present: Which components each prompt has.
-        names: What components are called.
+        names: What components are called; those of one kind begin with the same letter.
         n_null: How often components are drawn at random.
         seed: For that.
 
@@ -212,20 +213,24 @@ def recurrence_of(
         One row per component, and the 95th percentile of the variance of `often` where they are drawn.
     """
     stats = extra("scipy.stats", "study", "statistics")
-    n, n_components = present.shape
-    chance = present.mean(1)  # of any one component of a prompt, if they were drawn
-    n_often = present.sum(0)
-    # prompts are independent draws with chances of their own; rounding must not make a p of 1.0000001
-    drawn = stats.poisson_binom(chance)
-    tail = np.minimum(drawn.cdf(n_often), drawn.sf(n_often - 1)).clip(np.finfo(float).tiny)  # no p is 0
-    p = np.minimum(1, 2 * tail)
+    n, kind = len(present), codes([name[:1] for name in names])
+    n_often, p, expected = present.sum(0), np.empty(len(names)), np.empty(len(names))
     generator = np.random.default_rng(seed)
-    null = np.empty(n_null)
-    for draw in range(n_null):
-        order = generator.random((n, n_components)).argsort(1)
-        null[draw] = (order < present.sum(1)[:, None]).mean(0).var()
+    often = np.empty((n_null, len(names)))
+    for each in np.unique(kind):
+        own = kind == each
+        chance = present[:, own].mean(1)  # of any one of a prompt, if they were drawn
+        expected[own] = chance.mean()
+        # prompts are independent draws with chances of their own; rounding must not make a p of 1.0000001
+        drawn = stats.poisson_binom(chance)
+        tail = np.minimum(drawn.cdf(n_often[own]), drawn.sf(n_often[own] - 1)).clip(np.finfo(float).tiny)  # no p is 0
+        p[own] = np.minimum(1, 2 * tail)
+        for draw in range(n_null):
+            order = generator.random((n, own.sum())).argsort(1)
+            often[draw, own] = (order < present[:, own].sum(1)[:, None]).mean(0)
+    null = often.var(1)
     made = DataFrame({
-        "component": [*names], "often": n_often / n, "expected": float(chance.mean()), "p": p, "p_holm": holm(p),
+        "component": [*names], "often": n_often / n, "expected": expected, "p": p, "p_holm": holm(p),
     })  # fmt: skip
     return made, float(np.quantile(null, 0.95)) if n_null else np.nan
 

@@ -138,7 +138,7 @@ def _in_order(folder: str | PathLike[str], file: str) -> list[Path]:
     """
     found = [each.parent for each in Path(folder).glob(f"*/{file}")]
     if not found:
-        raise ValueError(f"{os.fspath(folder)!r} must be a folder of folders with a {file}, got one without any.")
+        raise ValueError(f"There must be folders with a {file} in {os.fspath(folder)!r}, got none.")
     return sorted(found, key=lambda each: _numbered(each.name))
 
 
