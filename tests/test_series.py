@@ -64,7 +64,7 @@ def test_checkpoints_are_models_in_the_order_of_their_steps(tmp_path: Path):
         if name != "log":
             (tmp_path / name / "config.json").write_text("{}")
     assert [path.name for path in td.study.checkpoints(tmp_path)] == ["step-9", "step-10", "step-100"]
-    with pytest.raises(ValueError, match="must be folders with a sweep.json in"):
+    with pytest.raises(ValueError, match=r"must be folders with a config\.json in"):
         td.study.checkpoints(tmp_path / "log")
 
 
