@@ -246,10 +246,11 @@ def test_tables_have_a_row_for_each_sweep_and_no_unknown_number(answers):
 def test_the_page_asks_for_what_is_found(answers, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(go.Figure, "write_image", lambda self, path, **_: Path(path).write_bytes(b""))
     about = {"contexts": 1, "sweeps": 2, "prompts": 3, "tokens": 4, "took": "long"}
-    draw(answers[1], tmp_path / "images")
+    images = tmp_path / "docs" / "images"
+    draw(answers[1], images)
     page = written(answers[1], about)
     assert "$" not in page and "long" in page
     shown = set(re.findall(r"\(images/(finding[^)]+)\)", page))
-    assert shown == {path.name for path in (tmp_path / "images").iterdir()}
+    assert shown == {path.name for path in images.iterdir()}
     for each in answers[1].values():
         assert each.verdict in page and each.table in page
