@@ -872,10 +872,10 @@ def test_what_chance_gives_is_that_of_densities_exchanged_within_lengths(explain
 def test_chance_is_refused_and_does_not_count_but_in_five_of_a_hundred():
     table = planted(60, per_document=1)
     table["text"], table["tokens"] = "the same", [[1, 2]] * 60  # few covariates, which is faster
-    table = table.drop(columns=["rarity_expected", "kl_unigram", "top_probability", "margin"])
+    table = table.drop(columns=["surprisal", "rarity_expected", "kl_unigram", "top_probability", "margin"])
     options: dict[str, Any] = {"outcome": "auc", "regressor": "ridge", "n_null": 20, "n_bootstrap": 0, "n_folds": 2}
     n_explained = n_found = n_others = 0
-    for seed in range(40):
+    for seed in range(30):
         noise = np.random.default_rng(seed).normal(size=60)
         try:
             td.study.shap_values(table.assign(auc=noise), seed=seed, **options)
@@ -886,8 +886,8 @@ def test_chance_is_refused_and_does_not_count_but_in_five_of_a_hundred():
         caused = table.assign(auc=table["rarity_target"] + noise)
         counts = td.study.shap_values(caused, seed=seed, **options).table.set_index("covariate")["counts"]
         n_found, n_others = n_found + counts["rarity_target"], n_others + counts.drop("rarity_target").any()
-    assert n_found == 40
-    assert max(n_explained, n_others) <= 6  # 2 are expected; more than 6 would come in 3 of 1,000 such tests
+    assert n_found == 30
+    assert max(n_explained, n_others) <= 5  # 1.5 are expected; more than 5 would come in 3 of 1,000 such tests
 
 
 def test_a_lone_covariate_is_worth_all():
