@@ -44,18 +44,25 @@ def main(
 ) -> None:
     """Run what is missing, and write the page."""
     begun, gone_on = time.monotonic(), out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    go.Figure().to_image("png")  # needs a browser: better to know before the sweeps are run
     places, counts = Places(data, models, out), {}
+    # sweeps take hours: what could fail behind them is tried before
+    wanted = studies(contexts)
+    for study in wanted:
+        places.text(study.corpus)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.open("a").close()
+    go.Figure().to_image("png")  # needs a browser
+    out.mkdir(parents=True, exist_ok=True)
+    steps = trained(places, tokens)
     swept: list[td.Sweep] = []
-    for study in studies(contexts):
+    for study in wanted:
         done = run(study, places, counts)
         if done is None:
             typer.echo(f"{study.name}: {models} has no such model, left out")
             continue
         typer.echo(f"{study.name}: {done}")
         swept.append(done)
-    swept += checkpoints(places, counts, tokens, max(contexts // 5, 12))
+    swept += checkpoints(steps, places, counts, max(contexts // 5, 12))
     sweeps = Sweeps(out)
     found: dict[str, Finding] = {}
     for letter, of in FINDINGS.items():
@@ -72,8 +79,8 @@ def main(
     typer.echo(f"{page} written. All of it took {about['took']}.")
 
 
-def checkpoints(places: Places, counts: dict[tuple[str, str], Any], tokens: int, n: int) -> list[td.Sweep]:
-    """Train for a short time, and sweep six models of the way."""
+def trained(places: Places, tokens: int) -> Path:
+    """Train for a short time; the folder of six models of the way."""
     folder = places.out / "training"
     tokenizer = Path(td.__file__).parent / "assets" / "tokenizer" / "tokenizer.json"
     threads = torch.get_num_threads()
@@ -84,8 +91,13 @@ def checkpoints(places: Places, counts: dict[tuple[str, str], Any], tokens: int,
         threads=os.cpu_count() or 1,
     )  # fmt: skip
     torch.set_num_threads(threads)
+    return folder / "steps"
+
+
+def checkpoints(steps: Path, places: Places, counts: dict[tuple[str, str], Any], n: int) -> list[td.Sweep]:
+    """Sweep the models of a training."""
     swept = []
-    for path in td.study.checkpoints(folder / "steps"):
+    for path in td.study.checkpoints(steps):
         done = run(of_checkpoints(n), places, counts, checkpoint=path)
         assert done is not None
         typer.echo(f"{path.name}: {done}")
@@ -95,7 +107,7 @@ def checkpoints(places: Places, counts: dict[tuple[str, str], Any], tokens: int,
 
 def draw(found: Mapping[str, Finding], images: Path) -> None:
     """Write the pictures of the page."""
-    images.mkdir(exist_ok=True)
+    images.mkdir(parents=True, exist_ok=True)
     for letter, each in found.items():
         for of, figure in each.figures.items():
             figure.write_image(images / f"finding-{letter}{'-' * bool(of)}{of}.png", width=720, scale=1.5)

@@ -5,18 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 import pytest
 import torch
 from pandas import DataFrame
-from planted import bent, curve, planted, straight, write_sweep
+from planted import N_EDGES, bent, curve, planted, straight, write_sweep
 from safetensors.torch import load_file
 from statsmodels.formula.api import ols
 from statsmodels.stats.anova import anova_lm
 
 import tracedensity as td
 from studies.corpora import ASSETS, LENGTHS, NULL, TRAINED, Places, shuffle, studies
-from studies.findings import FINDINGS, Finding, Sweeps
+from studies.findings import FINDINGS, Finding, Sweeps, dense, phases
 from studies.findings.answer import verdict_of
 from studies.findings.dynamic import intraclass, ratio_given_length
 from studies.reproduce import ROOT, draw, written
@@ -66,6 +67,50 @@ def test_intraclass_is_that_of_the_analysis_of_variance():
     assert shared == pytest.approx(0.8, abs=0.1)
 
 
+@pytest.fixture
+def given(monkeypatch) -> dict[str, Any]:
+    """What sweeps hold, by kind and table: two contexts of each of two documents, so that draws are known by hand."""
+    tables: dict[str, Any] = {}
+    monkeypatch.setattr(
+        Sweeps, "rows", lambda self, model, corpus="wikitext", kind="norm", table="prompts": tables[f"{kind} {table}"]
+    )
+    return tables
+
+
+SWEEPS = Sweeps(Path("none"), n_draws=200)  # one in four draws has the first document twice, another the second
+TWO = ["d0", "d0", "d1", "d1"]
+
+
+def test_the_ratio_of_estimators_is_the_geometric_mean_over_common_contexts(given):
+    def at(size: list[int], threshold: float, **more: Any) -> DataFrame:
+        return DataFrame({"id": [*"abcdefg"][: len(size)], "threshold": threshold, "size": size, **more})
+
+    given["tight thresholds"] = pd.concat([at([2, 5, 1, 3], each, document=TWO) for each in (0.5, 0.9)])
+    given["norm thresholds"] = pd.concat([at([9] * 5, 0.5), at([8, 5, 16, 12, 1], 0.9)])  # e has no tight circuit
+    # ratios of 4 and 1, of 16 and 4: 2 ** (2 + 0) / 2, 2 ** (4 + 2) / 2
+    assert dense._ratio(SWEEPS, "any") == "4.0 (2.0 to 8.0)"
+
+
+def test_what_the_order_of_edges_gains_is_the_mean_difference_of_areas(given):
+    given["norm prompts"] = DataFrame({"auc_random": [3.0, 4, 1, 2], "auc_coarse": 2.0, "document": TWO})
+    assert dense._gain(SWEEPS, "any") == "0.50 (-0.50 to 1.50, above zero for 50%)"
+
+
+def test_how_near_circuits_come_to_the_frequencies_by_hand(given):
+    """In each draw at the size that is best there, among those of which a path can be made."""
+    prompts = DataFrame({"index": range(4), "document": TWO, "n_edges": [80, 90, 110, 120]})
+    prompts.attrs["sweep"] = {"components": ["a0.h0", "r0.attn", "m0", "r0.mlp", "r1.attn"]}
+    # one edge is nearest of all, but three are the fewest that lead anywhere
+    distance = {0: [0.0, 0.1, 0.5, 0.6], 1: [0.0, 0.1, 0.5, 0.6], 2: [0.0, 0.6, 0.4, 0.6], 3: [0.0, 0.6, 0.6, 0.6]}
+    rows = [(index, share, tv) for index, row in distance.items()
+            for share, tv in zip((0.01, 0.03, 0.1, 1.0), row, strict=True)]  # fmt: skip
+    given["norm prompts"] = prompts
+    given["norm points"] = DataFrame(rows[::-1], columns=["index", "share", "unigram_tv"])
+    share, nearer = phases._nearer(SWEEPS, "any", "wikitext")
+    # by 0.5 and 0 at a share of 0.03, by 0.1 and 0.1 at 0.1
+    assert (share, *nearer) == pytest.approx((0.03, 0.25, 0.1, 0.5))
+
+
 def test_every_model_is_swept_for_every_question(tmp_path: Path):
     found = studies(1000)
     assert len({study.name for study in found}) == len(found)
@@ -95,6 +140,23 @@ def nested(seed: int, slope: float) -> DataFrame:
     table["document"] = table["group"]  # few documents have few patterns of signs
     table["n_tokens"] = np.array(LENGTHS)[place]
     return table
+
+
+def test_what_has_all_components_in_half_of_the_contexts_is_at_its_ceiling_and_not_judged(tmp_path: Path):
+    for model, (always, at_most) in {"books-gpt2": (90, 90), NULL: (48, 90)}.items():
+        table = nested(0, -0.3)
+        reached = [min(size for size, height in zip(*each, strict=True) if height >= 0.9)
+                   for each in zip(table["sizes"], table["faithfulness"], strict=True)]  # fmt: skip
+        # some enter with the first edge, some at 90% faithfulness, some never
+        last = [1 if row < always else size if row < at_most else N_EDGES + 1 for row, size in enumerate(reached)]
+        table["entered"] = [[1] * 19 + [each] for each in last]
+        write_sweep(tmp_path / f"{model}-wikitext-nested", table)
+    (tmp_path / "books-gpt2-wikitext-norm").mkdir()
+    found = FINDINGS["e"](Sweeps(tmp_path, n_draws=20))
+    head, _, *rows = ([cell.strip() for cell in line.split("|")] for line in found.table.splitlines())
+    said = [row[head.index("component share")].partition(", at its ceiling in ")[2] for row in rows]
+    assert said == ["75%"] * 3 + ["", "", "75%"]
+    assert "component share" not in found.verdict.partition(";")[0]
 
 
 def planted_sweeps(folder: Path, *, rarity: float, shared: float, slope: float) -> Sweeps:
@@ -192,10 +254,11 @@ def test_tables_have_a_row_for_each_sweep_and_no_unknown_number(answers):
 def test_the_page_asks_for_what_is_found(answers, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(go.Figure, "write_image", lambda self, path, **_: Path(path).write_bytes(b""))
     about = {"contexts": 1, "sweeps": 2, "prompts": 3, "tokens": 4, "took": "long", "stories": ""}
-    draw(answers[1], tmp_path / "images")
+    images = tmp_path / "docs" / "images"
+    draw(answers[1], images)
     page = written(answers[1], about)
     assert "$" not in page and "long" in page
     shown = set(re.findall(r"\(images/(finding[^)]+)\)", page))
-    assert shown == {path.name for path in (tmp_path / "images").iterdir()}
+    assert shown == {path.name for path in images.iterdir()}
     for each in answers[1].values():
         assert each.verdict in page and each.table in page

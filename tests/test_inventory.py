@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import kstest
 
 import tracedensity as td
-from tracedensity.study.inventory import phases_of, recurrence_of
+from tracedensity.study.inventory import _filled, phases_of, recurrence_of
 from tracedensity.study.statistics import resampled
 
 NAMES = [f"c{number}" for number in range(12)]
@@ -84,6 +84,16 @@ def test_a_straight_curve_has_one_phase():
     found = phases_of(x, curves, [*resampled(np.arange(80), 50, 0)])
     assert found.break_at is None and found.gain == 0
     assert found.slopes == pytest.approx((0.2,), abs=0.02)
+
+
+def test_what_was_not_run_is_filled_in_by_hand():
+    nan = np.nan
+    values = np.array([[0.0, nan, 1.0, nan], [nan, 0.2, nan, 0.8], [0.1, 0.2, 0.3, 0.4], [nan] * 4])
+    sizes = np.array([[0.0, 5, 50, 500], [1, 10, 100, 1000], [0, 0, 1, 2], [1, 2, 3, 4]])
+    filled = _filled(values, sizes)
+    # none counts as half an edge, so that five are halfway to fifty; beyond what was run, the nearest that was
+    np.testing.assert_allclose(filled[:3], [[0, 0.5, 1, 1], [0.2, 0.2, 0.5, 0.8], [0.1, 0.2, 0.3, 0.4]])
+    assert np.isnan(filled[3]).all() and np.isnan(values[0, 1])
 
 
 def prompts_of(n: int) -> list[dict[str, Any]]:

@@ -1,15 +1,22 @@
 """What density goes with, on tables of which the answer is known, and against nulls."""
 
+import gzip
 import re
+from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import permutations
+from math import factorial
 from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
 import pytest
+import statsmodels.api as sm
 from planted import N_EDGES, curve, planted
-from scipy.stats import bootstrap, kstest, spearmanr
+from scipy.stats import bootstrap, kstest, rankdata, spearmanr
 from sklearn.inspection import permutation_importance
 from sklearn.linear_model import Ridge
+from sklearn.metrics import r2_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -23,6 +30,7 @@ from tracedensity.study.counts import Counts
 from tracedensity.study.covariates import NUMERIC, OUTCOMES, SIZES, known_outcomes, outcome_of, with_covariates
 from tracedensity.study.grid import half_areas
 from tracedensity.study.knees import _by_segments, knee, segments
+from tracedensity.study.shapley import GROUPS
 from tracedensity.study.statistics import codes, interval, resampled
 
 FEW: dict[str, Any] = {"n_bootstrap": 50, "n_permutations": 200}
@@ -31,6 +39,14 @@ FEW: dict[str, Any] = {"n_bootstrap": 50, "n_permutations": 200}
 def by_rarity(covariates: Any, generator: np.random.Generator) -> np.ndarray:
     """Density that depends on the rarity of the target alone."""
     return 0.4 * (covariates["rarity_target"] - 2.5) - 1.5 + generator.normal(0, 0.2, len(covariates["entropy"]))
+
+
+def redrawn(documents: Sequence[str], n: int, seed: int = 0) -> Iterator[list[int]]:
+    """Rows of documents drawn with replacement, in a plain loop over names: what studies draw with this seed."""
+    names, generator = sorted(set(documents)), np.random.default_rng(seed)
+    for _ in range(n):
+        drawn = [names[place] for place in generator.integers(len(names), size=len(names))]
+        yield [row for name in drawn for row, own in enumerate(documents) if own == name]
 
 
 # -- covariates --------------------------------------------------------------------------------------
@@ -49,7 +65,17 @@ def test_covariates_of_texts_and_tokens_by_hand():
     assert found["seen_bigram"].tolist() == [1, 0]
     assert found["word_length"].tolist() == [3, 1]
     assert found["type_token_ratio"].tolist() == [0.75, 1]
-    assert found["gzip_ratio"][0] > 0
+
+
+def test_the_compressed_size_is_that_of_gzip_but_for_its_longer_header():
+    table = planted(3)
+    table["text"] = ["a" * 100, "der Bär " * 20, "a b"]
+    # two bytes of header, six that say a and repeat it, four of checksum
+    assert with_covariates(table)["gzip_ratio"][0] == pytest.approx(12 / 100)
+    raw = [text.encode() for text in table["text"]]
+    by_hand = [(len(gzip.compress(each, 9)) - 18 + 6) / len(each) for each in raw]  # 18 bytes around it there, 6 here
+    assert with_covariates(table)["gzip_ratio"].tolist() == pytest.approx(by_hand)
+    assert len(raw[1]) == 180 and by_hand[2] > 1
 
 
 def test_sizes_are_counted_in_several_ways():
@@ -355,6 +381,28 @@ def test_the_slope_that_was_planted_is_found():
     assert means["length"].tolist() == [4, 8, 16] and means["mean"].is_monotonic_increasing
 
 
+def test_slopes_and_means_over_lengths_are_those_of_plain_loops():
+    table = nested(0.2, 11)  # two documents of four targets, and one of three
+    found = td.study.lengths(table.sample(frac=1, random_state=0), outcomes=("area", "size"), threshold=0.5, **FEW)
+    targets = [rows for _, rows in table.groupby("group")]
+    again = [*redrawn([rows["document"].iloc[0] for rows in targets], 50)]
+
+    def expected(values: list[float]) -> list[float]:
+        means = [np.mean([values[target] for target in draw]) for draw in again]
+        return [np.mean(values), *np.quantile(means, [0.025, 0.975])]
+
+    for row in found.table.to_dict("records"):
+        y = [outcome_of(rows, row["outcome"], 0.5).tolist() for rows in targets]
+        slopes = [np.polyfit(np.log2([4, 8, 16]), each, 1)[0] for each in y]
+        assert [row["slope"], row["low"], row["high"]] == pytest.approx(expected(slopes), abs=1e-12)
+        assert (row["falls"], row["n"]) == (np.mean([slope < 0 for slope in slopes]), 11)
+        means = found.by_length[found.by_length["outcome"] == row["outcome"]].to_dict("records")
+        for place, (length, each) in enumerate(zip((4, 8, 16), means, strict=True)):
+            assert each["length"] == length
+            at_length = expected([heights[place] for heights in y])
+            assert [each["mean"], each["low"], each["high"]] == pytest.approx(at_length, abs=1e-12)
+
+
 def test_p_of_lengths_is_uniform_where_length_does_nothing():
     found, table = [], nested(0.0, 12)
     table["document"] = table["group"]
@@ -414,6 +462,42 @@ def test_models_that_share_a_cause_correlate_and_others_do_not():
     assert table.loc[("a", "b"), "true_low"] <= table.loc[("a", "b"), "true_high"]
 
 
+def test_correlations_given_others_are_those_of_residuals_of_ranks_in_statsmodels():
+    tables = {"a": shared(0.3, 1), "b": shared(0.3, 2)}
+    for table in tables.values():  # lengths and entropies go with density, each model's with its own
+        area = outcome_of(table, "area")
+        table["n_tokens"] += (2 * area).round().astype(int)
+        table["entropy"] += area
+    row = td.study.compare(tables, **FEW).table.iloc[0]
+    y = [rankdata(outcome_of(table, "area")) for table in tables.values()]
+
+    def given(*names: str) -> float:
+        ranked = [rankdata(table[name]) for name in names for table in tables.values()]
+        controls = sm.add_constant(np.stack(ranked, axis=1))
+        return float(np.corrcoef(*(sm.OLS(each, controls).fit().resid for each in y))[0, 1])
+
+    assert row["length_rho"] == pytest.approx(given("n_tokens"), abs=1e-10)
+    all_four = given("n_tokens", "entropy", "rarity_target", "rarity_top")
+    assert row["partial_rho"] == pytest.approx(all_four, abs=1e-10)
+    assert len({round(row[name], 2) for name in ("rho", "length_rho", "partial_rho")}) == 3
+
+
+def test_the_mean_of_correlations_and_its_interval_are_those_of_a_plain_loop():
+    tables = {"a": shared(0.3, 1), "b": shared(0.3, 2), "c": shared(0.6, 3)}
+    found = td.study.compare(tables, n_bootstrap=30, n_permutations=0)
+    ordered = {name: table.set_index("text_hash").sort_index() for name, table in tables.items()}
+    y = {name: outcome_of(table, "area") for name, table in ordered.items()}
+
+    def rho(rows: list[int], a: str, b: str) -> float:
+        return float(spearmanr(y[a][rows], y[b][rows]).statistic)
+
+    pairs = [("a", "b"), ("a", "c"), ("b", "c")]
+    again = [[rho(rows, *pair) for pair in pairs] for rows in redrawn(ordered["a"]["document"].tolist(), 30)]
+    assert found.mean == pytest.approx(np.mean([rho([*range(150)], *pair) for pair in pairs]))
+    assert (found.low, found.high) == pytest.approx(np.quantile(np.mean(again, axis=1), [0.025, 0.975]))
+    np.testing.assert_allclose(found.table[["low", "high"]].T, np.quantile(again, [0.025, 0.975], axis=0))
+
+
 def owed(covariate: str, values: np.ndarray, slope: float, seed: int) -> pd.DataFrame:
     """Prompts whose density is owed to one covariate, which is the same for every seed, and to some noise."""
     n = len(values)
@@ -439,6 +523,18 @@ def test_inputs_are_matched_by_their_text_whatever_the_order_and_what_is_missing
     assert fewer["n"] == 100
 
 
+def test_halves_of_an_area_by_hand():
+    """Of every other of the papers' sizes from 1e-5 on, and from 2e-5 on, at the last circuit of so many edges."""
+    # one edge of ten keeps all, so that all is lost below a share of 0.1
+    even, odd = half_areas([0, 1, 2, 10], [0.0, 1.0, 1.0, 1.0])
+    assert even == pytest.approx(np.log10(0.08 / 1e-5) + np.log10(0.2 / 0.08) / 2)
+    assert odd == pytest.approx(np.log10(0.06 / 2e-5) + np.log10(0.1 / 0.06) / 2)
+    # three keep a half, and what was not run counts as the next smaller: 0.2 as none, 0.4, 0.6 and 0.8 as three
+    even, odd = half_areas([0, 3, 10], [0.0, 0.5, 1.0])
+    assert even == pytest.approx(np.log10(0.2 / 1e-5) + 0.75 * np.log10(0.6 / 0.2) + 0.25 * np.log10(1 / 0.6))
+    assert odd == pytest.approx(np.log10(0.1 / 2e-5) + 0.75 * np.log10(0.4 / 0.1) + 0.5 * np.log10(0.8 / 0.4))
+
+
 def test_reliability_is_that_of_halves_of_a_curve_and_of_another_method():
     tables, others = {"a": shared(0.1, 1), "b": shared(0.1, 2)}, {"a": shared(0.1, 3)}
     found = td.study.compare(tables, others=others, **FEW).reliability.set_index("model")
@@ -457,6 +553,10 @@ def test_ceilings_are_of_both_reliabilities_and_zero_where_a_measure_goes_the_ot
     assert row["ceiling_low"] == pytest.approx(np.sqrt(own.loc["a", "method"] * own.loc["b", "method"]))
     assert row["ceiling_high"] == pytest.approx(np.sqrt(own.loc["a", "halves"] * own.loc["b", "halves"]))
     assert row["true_high"] == pytest.approx(row["rho"] / row["ceiling_low"])
+    assert row["true_low"] == pytest.approx(row["rho"] / row["ceiling_high"])
+    alone = td.study.compare(tables, others={"a": others["a"]}, **FEW).table.iloc[0]  # that of b is not known
+    assert alone["ceiling_low"] == alone["ceiling_high"] == row["ceiling_high"]
+    assert alone["true_high"] == alone["true_low"] == row["true_low"]
     for name, other in others.items():
         order, curves = outcome_of(tables[name], "area").argsort(), tables[name]["faithfulness"].to_numpy().copy()
         curves[order] = curves[order[::-1]]
@@ -729,6 +829,83 @@ def test_importances_are_those_of_scikit_learn(explained):
         others = cross_val_predict(model, np.delete(x, number, axis=1), y, cv=GroupKFold(5), groups=groups)
         without = 1 - np.square(y - others).sum() / total
         assert rows["drop"][name] == pytest.approx(explained.r2 - without, abs=1e-9)
+
+
+def test_groups_are_worth_what_they_add_on_average_over_all_orders(explained):
+    """Shapley's own definition, with R2 of scikit-learn's functions: every group enters after any others."""
+    table = planted(160, density=by_rarity)
+    x, y = explained.covariates, outcome_of(table, "area")
+    folds = [*GroupKFold(5).split(x, y, codes(table["document"].to_numpy()))]
+    model = make_pipeline(StandardScaler(), Ridge(alpha=10.0))
+
+    @cache
+    def worth(of: frozenset[str]) -> float:
+        columns = [name for group in of for name in GROUPS[group] if name in x]
+        return r2_score(y, cross_val_predict(model, x[columns].to_numpy(), y, cv=folds)) if of else 0.0
+
+    names = [group for group, members in GROUPS.items() if {*members} & {*x}]
+    assert len(names) == len(GROUPS)
+    added = dict.fromkeys(names, 0.0)
+    for order in permutations(names):
+        for place, group in enumerate(order):
+            added[group] += worth(frozenset(order[: place + 1])) - worth(frozenset(order[:place]))
+    rows = explained.groups.set_index("group")
+    for group, total in added.items():
+        assert rows["r2"][group] == pytest.approx(total / factorial(len(names)), abs=1e-9)
+        assert rows["alone"][group] == pytest.approx(worth(frozenset({group})), abs=1e-9)
+
+
+def test_intervals_of_covariates_are_those_of_resampled_documents(explained):
+    values, document = explained.values.abs().to_numpy(), planted(160)["document"].tolist()
+    means = np.array([values[rows].mean(0) for rows in redrawn(document, 20)])
+    low, high = np.quantile(means, [0.025, 0.975], axis=0)
+    rows = explained.table.set_index("covariate").loc[[*explained.values]]
+    np.testing.assert_allclose(rows[["low", "high"]].T, [low, high], rtol=1e-12)
+
+
+def test_what_chance_gives_is_that_of_densities_exchanged_within_lengths(explained):
+    """With the same draws: the largest mean of absolute values, of coefficients times distances from the mean."""
+    table = planted(160, density=by_rarity)
+    x, y, length = explained.covariates.to_numpy(float), outcome_of(table, "area"), table["n_tokens"].to_numpy()
+    folds = [*GroupKFold(5).split(x, y, codes(table["document"].to_numpy()))]
+    model = make_pipeline(StandardScaler(), Ridge(alpha=10.0))
+    by_length = np.argsort(length, kind="stable")  # draws are made in this order
+    largest, r2 = [], []
+    for draws in np.random.default_rng(0).random((20, 160)):
+        drawn, mixed = dict(zip(by_length, draws, strict=True)), y.copy()
+        for each in np.unique(length):
+            rows = np.flatnonzero(length == each)
+            assert len(rows) >= 20  # a stratum of its own
+            mixed[rows] = y[sorted(rows, key=drawn.__getitem__)]
+        values = np.empty_like(x)
+        for train, test in folds:
+            scaler, ridge = model.fit(x[train], mixed[train])[0], model[-1]
+            values[test] = ridge.coef_ * (scaler.transform(x[test]) - scaler.transform(x[train]).mean(0))
+        largest.append(np.abs(values).mean(0).max())
+        r2.append(r2_score(mixed, cross_val_predict(model, x, mixed, cv=folds)))
+    assert explained.table["null"].tolist() == pytest.approx([np.quantile(largest, 0.95)] * x.shape[1])
+    assert explained.null_r2 == pytest.approx(np.quantile(r2, 0.95))
+
+
+def test_chance_is_refused_and_does_not_count_but_in_five_of_a_hundred():
+    table = planted(60, per_document=1)
+    table["text"], table["tokens"] = "the same", [[1, 2]] * 60  # few covariates, which is faster
+    table = table.drop(columns=["surprisal", "rarity_expected", "kl_unigram", "top_probability", "margin"])
+    options: dict[str, Any] = {"outcome": "auc", "regressor": "ridge", "n_null": 20, "n_bootstrap": 0, "n_folds": 2}
+    n_explained = n_found = n_others = 0
+    for seed in range(30):
+        noise = np.random.default_rng(seed).normal(size=60)
+        try:
+            td.study.shap_values(table.assign(auc=noise), seed=seed, **options)
+            n_explained += 1
+        except ValueError as error:
+            if "nothing to explain" not in str(error):
+                raise
+        caused = table.assign(auc=table["rarity_target"] + noise)
+        counts = td.study.shap_values(caused, seed=seed, **options).table.set_index("covariate")["counts"]
+        n_found, n_others = n_found + counts["rarity_target"], n_others + counts.drop("rarity_target").any()
+    assert n_found == 30
+    assert max(n_explained, n_others) <= 5  # 1.5 are expected; more than 5 would come in 3 of 1,000 such tests
 
 
 def test_a_lone_covariate_is_worth_all():

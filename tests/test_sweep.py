@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,28 @@ def test_every_row_is_what_density_gives(tiny_model, tmp_path):
         known = grid["random"].notna()
         assert curve.random is not None
         assert set(grid["size"][known]) == set(curve.random.sizes.tolist())
+
+
+@pytest.mark.parametrize("given", [{}, {"method": "best", "refine": True, "budget": 20}], ids=["published", "tight"])
+def test_baselines_and_their_areas_are_those_of_density(given, tiny_gpt2, tmp_path):
+    """The areas by trapezoids in a plain loop, those of the curve from the last circuit of so many edges."""
+    prompts = PROMPTS[1:3]
+    done = td.sweep(tiny_gpt2, prompts, tmp_path / "sweep", **OPTIONS, **given)
+    for number, row in done.table().iterrows():
+        curve = td.density(tiny_gpt2, prompts[number], thresholds=(0.5, 0.9), **given)
+        points, heights = done.table("points").query("index == @number"), {}
+        for name, known in (("random", curve.random), ("inverse", curve.inverse)):
+            heights[name] = dict(zip(known.sizes.tolist(), known.faithfulness.tolist(), strict=True))
+            expected = [heights[name].get(size, np.nan) for size in points["size"]]
+            assert points[name].tolist() == pytest.approx(expected, abs=1e-5, nan_ok=True)
+        own = list(zip(curve.sizes.tolist(), curve.faithfulness.tolist(), strict=True))
+        heights["coarse"] = {size: [height for run, height in own if run <= size][-1] for size in heights["random"]}
+        for name, known in heights.items():
+            sizes, area = [size for size in known if size], 0.0
+            assert len(sizes) > 3
+            for low, high in pairwise(sizes):
+                area += (1 - (known[low] + known[high]) / 2) * (np.log10(high) - np.log10(low))
+            assert row[f"auc_{name}"] == pytest.approx(area, abs=1e-5)
 
 
 def test_other_metrics_of_the_same_circuits_are_those_of_evaluate(tiny_gpt2):

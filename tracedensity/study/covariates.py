@@ -31,7 +31,7 @@ NUMERIC: Mapping[str, str] = {
     "seen_bigram": "whether the last two tokens came before",
     "word_length": "mean length of words (characters)",
     "type_token_ratio": "distinct words over words",
-    "gzip_ratio": "compressed size over size",
+    "gzip_ratio": "size of the text compressed by zlib over its own (bytes)",
 }
 """Covariates that are numbers, and what they are."""
 
