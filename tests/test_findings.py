@@ -219,12 +219,12 @@ def test_verdicts_are_those_of_what_was_planted(answers):
             "It depends (yes: rarity of the target, rarity of the target given entropy; no: rarity of the prediction, "
             "rarity of the prediction given entropy, expected rarity, expected rarity given entropy)"
         )
-        # of twenty components that enter anywhere, few are in small circuits
-        assert verdicts["e"].startswith(
-            "It depends (yes: fraction, size, per token, later fraction, area, area of one edge or more; yes, but for "
+        # of twenty components that enter anywhere, few are in small circuits: chance says in how many of the sweeps
+        assert re.fullmatch(
+            r"It depends \(yes: fraction, size, per token, later fraction, area, area of one edge or more; "
+            r"(yes, but for [^:;]+|in \d of 9): component share\); with shuffled weights as well: per token",
+            verdicts["e"],
         )
-        assert "component share)" in verdicts["e"]
-        assert verdicts["e"].endswith("; with shuffled weights as well: per token")
     else:
         assert verdicts["d"] == verdicts["f"] == "Not reproduced"
         assert verdicts["c"].startswith("Not reproduced; ")
