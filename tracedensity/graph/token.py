@@ -12,7 +12,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from tracedensity.graph import Dropped, EdgeList, Rows, flatten, unflatten
-from tracedensity.model import Edit, Site, Transformer
+from tracedensity.model import Edit, Site, Transformer, attended, picked
 
 _NAME = re.compile(r"(?:a(\d+)\.h(\d+)@(\d+)->|m(\d+)(?:\.n(\d+))?@|r(\d+)\.(attn|mlp)@)(\d+)")
 
@@ -234,7 +234,7 @@ class TokenGraph:
 
             return patched
 
-        def idle(layer: int) -> Edit:
+        def idle_mlp(layer: int) -> Edit:
             def absent(value: Tensor) -> Tensor:
                 found = share("mlp", layer)
                 if found is None or found.dtype != torch.bool:
@@ -243,33 +243,46 @@ class TokenGraph:
 
             return absent
 
-        def edit_heads(layer: int) -> tuple[Edit, Edit]:
+        def edit_heads(layer: int) -> dict[Site, Edit]:
+            known: list[Tensor] = []  # which edges are absent, where heads are run
             brought: list[Tensor] = []  # what absent edges add to the outputs of heads
 
-            def weighed(pattern: Tensor) -> Tensor:
+            def idle(value: Tensor) -> Tensor:
                 absent = share("head", layer)
+                if absent is None or absent.dtype != torch.bool:
+                    return torch.zeros(value.shape[:2], dtype=torch.bool, device=value.device)
+                nothing = absent.view(torch.uint8).amin(1).amin(2).bool()  # ten times as fast as `all`
+                rows, start = attended(nothing)
+                known[:] = [picked(absent, rows)[:, :, start:]]
+                return nothing
+
+            def weighed(pattern: Tensor) -> Tensor:
+                absent = known.pop() if known else share("head", layer)
+                return pattern if absent is None else _patched(pattern, absent, None)
+
+            def replaced(pattern: Tensor) -> Tensor:
+                absent, values, own = share("head", layer), tiled(("v", layer)), tiled(("pattern", layer))
+                assert values is not None
                 if absent is None:
                     return pattern
-                if (values := tiled(("v", layer))) is not None:
-                    own = tiled(("pattern", layer))
-                    weight = (pattern if own is None else own.to(pattern.dtype)) * absent.to(pattern.dtype)
-                    values = values.to(weight.dtype).expand(len(weight), self.n_pos, -1, -1)
-                    brought.append(
-                        einsum(weight, values, "row head dest src, row src head d_head -> row dest head d_head")
-                    )
+                weight = (pattern if own is None else own.to(pattern.dtype)) * absent.to(pattern.dtype)
+                values = values.to(weight.dtype).expand(len(weight), self.n_pos, -1, -1)
+                brought.append(einsum(weight, values, "row head dest src, row src head d_head -> row dest head d_head"))
                 return _patched(pattern, absent, None)
 
             def mixed(z: Tensor) -> Tensor:
                 return z + brought.pop() if brought else z
 
-            return weighed, mixed
+            if ("v", layer) in instead:
+                return {("pattern", layer): replaced, ("z", layer): mixed}
+            return {("attn_idle", layer): idle, ("pattern", layer): weighed}
 
         edits: dict[Site, Edit] = {}
         for layer in range(self.n_layers):
-            edits["pattern", layer], edits["z", layer] = edit_heads(layer)
+            edits |= edit_heads(layer)
             edits |= {(_SITES[kind], layer): edit(kind, layer) for kind in self.shapes if kind != "head"}
             if "mlp" in self.shapes:
-                edits["mlp_idle", layer] = idle(layer)
+                edits["mlp_idle", layer] = idle_mlp(layer)
         return edits
 
     def fed(self, kept: Bool[Tensor, "*circuit edge"]) -> Bool[Tensor, "*circuit edge"]:

@@ -133,6 +133,8 @@ class BridgeAdapter:
 
     def place(self, name: str, layer: int) -> Place | None:
         block = self.model.blocks[layer]
+        if name == "attn_idle":  # attention is Hugging Face's own there, of many kinds
+            return None
         if name == "mlp_idle":
             mlp = self._plain_mlp(layer)
             return None if mlp is None or mlp.name is None else Spared.of(mlp.original_component)

@@ -21,7 +21,7 @@ from tracedensity.model.adapter import (
     remade,
 )
 from tracedensity.model.norm import NormLayer
-from tracedensity.model.place import Input, Place, Point, Spared
+from tracedensity.model.place import Idle, Input, Place, Point, Spared
 from tracedensity.model.precision import full_precision
 
 _POINTS = {
@@ -102,6 +102,10 @@ class HookedAdapter:
         block = self.model.blocks[layer]
         if name == "mlp_idle":
             return None if self.W_out(layer) is None else Spared.of(block.mlp)
+        if name == "attn_idle":
+            # norms behind attention, and positions that are added behind norms, are of other shapes
+            plain = self._norms.get("attn_out") != "ln1" and self.model.cfg.positional_embedding_type != "shortformer"
+            return Idle.of(block.ln1, block.attn) if plain else None
         if name == "mlp_in":
             # there is a hook for it only where a flag is set; the module that reads it has a hook of PyTorch's
             return Input(getattr(block, self._norms.get("mlp_in", "mlp")))

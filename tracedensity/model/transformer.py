@@ -274,6 +274,10 @@ class Transformer(Shape):
             elif name == "mlp_idle":  # a shortcut, which is not taken where somebody looks at neurons
                 place = None if {("pre", layer), ("post", layer)} & edits.keys() else self.adapter.place(name, layer)
                 visits += [] if place is None else [Visiting(place, edit)]
+            elif name == "attn_idle":  # another, which is not taken where somebody looks at heads
+                seen = {(each, layer) for each in "qkvz"} & edits.keys()
+                place = None if seen else self.adapter.place(name, layer)
+                visits += [] if place is None else [Visiting(place, edit)]
             elif name == "skip_mlp":
                 before, branch, after = (self._place(each, layer) for each in ("resid_mid", "mlp_out", "resid_post"))
                 visits += remade(before, branch, after, edit)
