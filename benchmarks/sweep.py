@@ -1,11 +1,13 @@
 """What a sweep gains over a loop of `td.density`, and whether its memory grows with the number of prompts.
 
-    python -m benchmarks.sweep
+    python -m benchmarks.sweep [--models NAMES] [--no-ray] [--no-memory]
 
 Prompts are pieces of this repository's documentation, all equally long. The loop and the sweep run the same prompts
 with the same options; the loop has as many threads of PyTorch as there are cores, the sweep as many processes of one
 thread. Both have been at work before their time is taken: what processes take to start is the same for a million. Half
-of the loop is run before the sweeps and half after them, since machines that are shared change their speed.
+of the loop is run before the sweeps and half after them, since machines that are shared change their speed. Memory is
+the peak of a process of its own that sweeps 64 or 512 prompts. Ray (extra `ray`) runs actors on this machine; what it
+takes to start is measured with a few prompts, and taken off.
 """
 
 import os
@@ -76,8 +78,8 @@ def main(
     n: Annotated[int, typer.Option("--n", help="Prompts.")] = 256,
     n_loop: Annotated[int, typer.Option(help="Prompts of the loop, the first ones.")] = 32,
     baselines: Annotated[bool, typer.Option(help="Random and inverse circuits as well.")] = False,
-    ray: Annotated[bool, typer.Option(help="Ray with one and two workers as well.")] = False,
-    memory: Annotated[bool, typer.Option(help="Peak memory of 64 and of 512 prompts as well.")] = False,
+    ray: Annotated[bool, typer.Option(help="Ray as well.")] = True,
+    memory: Annotated[bool, typer.Option(help="Peak memory of 64 and of 512 prompts as well.")] = True,
 ) -> None:
     """Print prompts per second of a loop and of sweeps, and their largest difference, which must be small."""
     all_same = True
@@ -111,6 +113,9 @@ def main(
                 f"{1e6 / found * workers / 3600:.0f} core hours for a million; "
                 f"{'the same' if same else 'OTHER'} sizes, faithfulness to {apart:.0e}"
             )
+        for engine in dict.fromkeys(engine for engine, _ in engines):
+            gain = swept[engine, cores][0] / swept[engine, 1][0]
+            print(f"  {engine}: {cores} workers do {gain:.2f} times what one does")
         if memory:
             few, many = peak(name, 64, tokens), peak(name, 512, tokens)
             print(f"  peak memory of one process: {few} MiB for 64 prompts, {many} MiB for 512")
