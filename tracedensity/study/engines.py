@@ -52,7 +52,7 @@ def in_processes(work: Work, parts: Iterable[Part], n_workers: int) -> Iterator[
     from loky import get_reusable_executor
     from loky.process_executor import TerminatedWorkerError
 
-    executor: Any = get_reusable_executor(max_workers=n_workers, timeout=_IDLE, env=_environment())
+    executor: Any = get_reusable_executor(max_workers=n_workers, timeout=_IDLE)
     waiting, running = iter(parts), set[Any]()
     try:
         while True:
@@ -108,15 +108,6 @@ def _main_memory(system: Path = Path("/")) -> int:
                 with suppress(OSError, ValueError):  # "max" is no limit
                     found.append(int(Path(f"{system}/{root}/{group}/{name}").read_text()))
     return min(found)
-
-
-def _environment() -> dict[str, str]:
-    """What processes of a sweep's own have in their environment: memory in large pages, where glibc knows them.
-
-    A tenth of their time went into looking up small ones.
-    """
-    own = os.environ.get("GLIBC_TUNABLES")
-    return {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1" + (f":{own}" if own else "")}
 
 
 def _keep_freed_memory() -> None:
