@@ -4,10 +4,9 @@
 
 Prompts are pieces of this repository's documentation, all equally long. The loop and the sweep run the same prompts
 with the same options; the loop has as many threads of PyTorch as there are cores, the sweep as many processes of one
-thread. Both have been at work before their time is taken: what processes take to start is the same for a million. Half
-of the loop is run before the sweeps and half after them, since machines that are shared change their speed. Memory is
-the peak of a process of its own that sweeps 64 or 512 prompts. Ray (extra `ray`) runs actors on this machine; what it
-takes to start is measured with a few prompts, and taken off.
+thread. They take turns, since machines that are shared change their speed, and have been at work before their time is
+taken: what processes take to start is the same for a million. Ray (extra `ray`), whose actors start anew for each
+sweep, runs all prompts once, less the time of a few. Memory is the peak of a process of its own.
 """
 
 import os
@@ -15,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,23 +39,53 @@ def prompts_of(model: Any, n_tokens: int, n: int) -> list[list[int]]:
     return [[*transformer.beginning, *pieces[number % len(pieces)]] for number in range(n)]
 
 
-def rate(name: str, prompts: list[list[int]], workers: int, engine: str, options: dict[str, Any]) -> tuple[float, Any]:
-    """Prompts per second of a sweep, and its table."""
-    given = {"workers": workers, "engine": engine, "progress": False, "part_size": _PART, **options}
-    few = prompts[: _PART * workers]
-    with tempfile.TemporaryDirectory() as folder:
-        first = td.sweep(name, few, f"{folder}/few", **given)
-        done = td.sweep(name, prompts, f"{folder}/all", **given)
-        # actors start anew each time, while processes of this machine stay for the next sweep
-        if engine == "ray":
-            return (len(prompts) - len(few)) / (done.seconds - first.seconds), done.table()
-        return len(prompts) / done.seconds, done.table()
+class Rounds:
+    """The loop and sweeps of one model, in turn and each of the same prompts: machines that are shared change speed.
 
+    Attributes:
+        seconds: What each has taken, by what it is; the loop is "loop".
+        n_prompts: How many prompts it has run.
+        apart: The largest difference of a sweep's faithfulness from the loop's.
+        same: Whether sizes were the same.
+    """
 
-def loop_of(model: Any, prompts: list[list[int]], options: dict[str, Any]) -> tuple[list[td.DensityCurve], float]:
-    """Curves of prompts, one after another, and the seconds that they took."""
-    begun = time.perf_counter()
-    return [td.density(model, prompt, **options) for prompt in prompts], time.perf_counter() - begun
+    def __init__(self, name: str, options: dict[str, Any]) -> None:
+        self.name, self.options = name, options
+        self.model = td.load_model(name, device="cpu")
+        self.seconds: dict[object, float] = defaultdict(float)
+        self.n_prompts: dict[object, int] = defaultdict(int)
+        self.apart, self.same = 0.0, True
+
+    def rate(self, what: object) -> float:
+        """Prompts per second."""
+        return self.n_prompts[what] / self.seconds[what]
+
+    def loop(self, prompts: list[list[int]]) -> list[td.DensityCurve]:
+        """Curves of prompts, one after another."""
+        torch.set_num_threads(os.cpu_count() or 1)
+        begun = time.perf_counter()
+        curves = [td.density(self.model, prompt, **self.options) for prompt in prompts]
+        self._count("loop", time.perf_counter() - begun, len(prompts))
+        return curves
+
+    def sweep(self, prompts: list[list[int]], engine: str, workers: int, curves: list[td.DensityCurve]) -> None:
+        """A sweep, whose first prompts are compared with these curves."""
+        given = {"workers": workers, "engine": engine, "progress": False, "part_size": _PART, **self.options}
+        with tempfile.TemporaryDirectory() as folder:
+            start = 0.0, 0
+            if engine == "ray":  # whose actors start anew each time
+                few = prompts[: _PART * workers]
+                start = td.sweep(self.name, few, f"{folder}/few", **given).seconds, len(few)
+            done = td.sweep(self.name, prompts, f"{folder}/all", **given)
+            self._count((engine, workers), done.seconds - start[0], len(prompts) - start[1])
+            table = done.table()
+        for curve, heights, sizes in zip(curves, table["faithfulness"], table["sizes"], strict=False):
+            self.same &= np.array_equal(sizes, curve.sizes.numpy())
+            self.apart = max(self.apart, float(np.abs(np.asarray(heights) - curve.faithfulness.numpy()).max()))
+
+    def _count(self, what: object, seconds: float, n: int) -> None:
+        self.seconds[what] += seconds
+        self.n_prompts[what] += n
 
 
 def peak(name: str, n: int, n_tokens: int) -> int:
@@ -75,8 +105,9 @@ def peak(name: str, n: int, n_tokens: int) -> int:
 def main(
     models: Annotated[str, typer.Option(help="Bundled names or folders.")] = "books-gpt2,books-llama",
     tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 40,
-    n: Annotated[int, typer.Option("--n", help="Prompts.")] = 256,
-    n_loop: Annotated[int, typer.Option(help="Prompts of the loop, the first ones.")] = 32,
+    n: Annotated[int, typer.Option("--n", help="Prompts of a round.")] = 64,
+    n_loop: Annotated[int, typer.Option(help="Prompts of a round's loop, the first ones.")] = 12,
+    rounds: Annotated[int, typer.Option(help="How often loop and sweeps take turns.")] = 5,
     baselines: Annotated[bool, typer.Option(help="Random and inverse circuits as well.")] = False,
     ray: Annotated[bool, typer.Option(help="Ray as well.")] = True,
     memory: Annotated[bool, typer.Option(help="Peak memory of 64 and of 512 prompts as well.")] = True,
@@ -84,38 +115,36 @@ def main(
     """Print prompts per second of a loop and of sweeps, and their largest difference, which must be small."""
     all_same = True
     cores = os.cpu_count() or 1
-    options: dict[str, Any] = {"baselines": baselines}
-    print(f"torch {torch.__version__}, {cores} cores, {n} prompts of {tokens} tokens")
+    print(f"torch {torch.__version__}, {cores} cores, {rounds} rounds of {n} prompts of {tokens} tokens")
     for name in models.split(","):
-        model = td.load_model(name, device="cpu")
-        prompts = prompts_of(model, tokens, n)
-        torch.set_num_threads(cores)
-        td.density(model, prompts[0], **options)
-        curves, before = loop_of(model, prompts[: n_loop // 2], options)
+        found = Rounds(name, {"baselines": baselines})
+        prompts = prompts_of(found.model, tokens, n * rounds)
         engines = [("local", 1), ("local", cores), *([("ray", 1), ("ray", cores)] if ray else [])]
-        swept = {each: rate(name, prompts, each[1], each[0], options) for each in engines}
-        torch.set_num_threads(cores)
-        others, after = loop_of(model, prompts[n_loop // 2 : n_loop], options)
-        curves, loop = curves + others, n_loop / (before + after)
-        print(f"\n{name}\n  loop of td.density        {loop:6.2f} prompts per second")
-        for (engine, workers), (found, table) in swept.items():
-            apart = max(
-                float(np.abs(np.asarray(heights) - curve.faithfulness.numpy()).max())
-                for heights, curve in zip(table["faithfulness"], curves, strict=False)
-            )
-            same = all(
-                np.array_equal(sizes, curve.sizes.numpy()) for sizes, curve in zip(table["sizes"], curves, strict=False)
-            )
-            all_same &= same and apart <= _TOLERANCE
+        for engine in engines[:2]:
+            found.sweep(prompts[: _PART * cores], *engine, [])
+        found.loop(prompts[:1])
+        found.seconds.clear(), found.n_prompts.clear()
+        curves: list[td.DensityCurve] = []
+        for start in range(0, n * rounds, n):
+            some = prompts[start : start + n]
+            curves = found.loop(some[:n_loop])
+            for engine in engines[:2]:
+                found.sweep(some, *engine, curves)
+        for engine in engines[2:]:
+            found.sweep(prompts, *engine, found.loop(prompts[:n_loop]))
+        print(f"\n{name}\n  loop of td.density        {found.rate('loop'):6.2f} prompts per second")
+        for engine, workers in engines:
+            rate = found.rate((engine, workers))
             shown = f"{engine}, {workers} worker{'s' * (workers > 1)}"
             print(
-                f"  sweep, {shown:18} {found:6.2f} prompts per second, {found / loop:.2f} x the loop, "
-                f"{1e6 / found * workers / 3600:.0f} core hours for a million; "
-                f"{'the same' if same else 'OTHER'} sizes, faithfulness to {apart:.0e}"
+                f"  sweep, {shown:18} {rate:6.2f} prompts per second, {rate / found.rate('loop'):.2f} x the loop, "
+                f"{1e6 / rate * workers / 3600:.0f} core hours for a million"
             )
         for engine in dict.fromkeys(engine for engine, _ in engines):
-            gain = swept[engine, cores][0] / swept[engine, 1][0]
+            gain = found.rate((engine, cores)) / found.rate((engine, 1))
             print(f"  {engine}: {cores} workers do {gain:.2f} times what one does")
+        print(f"  {'the same' if found.same else 'OTHER'} sizes as the loop, faithfulness to {found.apart:.0e}")
+        all_same &= found.same and found.apart <= _TOLERANCE
         if memory:
             few, many = peak(name, 64, tokens), peak(name, 512, tokens)
             print(f"  peak memory of one process: {few} MiB for 64 prompts, {many} MiB for 512")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -14,7 +14,7 @@ from tracedensity.graph import Rows
 from tracedensity.graph.token import TokenGraph
 from tracedensity.ground import Ground
 from tracedensity.model import require_finite
-from tracedensity.run import Conditions, flushed_denormals, in_order, run_family, slices, without
+from tracedensity.run import Conditions, beside, flushed_denormals, in_order, run_family, slices, without
 from tracedensity.setting import rows_at_once
 
 T = TypeVar("T")
@@ -128,7 +128,9 @@ def _answers(active: Sequence[tuple[object, Asked]]) -> list[Answer | Exception]
     pools: dict[object, list[int]] = {}
     for number, (_, asked) in enumerate(active):
         graph = asked.graph
-        key = number if graph is None else (asked.conditions, replace(graph, n_pos=1), id(asked.ground.setting.model))
+        # circuits, complements and those that keep skip connections go together; what is masked at all is one's own
+        of_all = asked.conditions.attention, asked.conditions.ablation, id(asked.ground.setting.model)
+        key = number if graph is None else (*of_all, replace(graph, n_pos=1))
         pools.setdefault(key, []).append(number)
     for numbers in pools.values():
         some = [active[number][1] for number in numbers]
@@ -173,20 +175,26 @@ def _run(asked: Sequence[Asked], owner: Int[Tensor, " row"], size: Int[Tensor, "
     """Logits of circuits, each on the prompt of its owner."""
     owners, local = owner.unique(return_inverse=True)
     some = [asked[number] for number in owners.tolist()]
-    model, conditions, graph = some[0].ground.setting.model, some[0].conditions, some[0].graph
+    model, conditions, graph = some[0].ground.setting.model, [each.conditions for each in some], some[0].graph
     assert graph is not None
     prompts = [_prompt(each) for each in some]
     n_pos, device = max(map(len, prompts)), model.device
     graph, local = replace(graph, n_pos=n_pos), local.to(device)
     tokens = torch.stack([pad(prompt, (0, n_pos - len(prompt))) for prompt in prompts])[local]
     last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)[local]
-    rank = {kind: _side_by_side([each.ranking.rank[kind] for each in some], kind, n_pos) for kind in graph.shapes}
-    rank = {kind: in_order(place, conditions).to(device) for kind, place in rank.items()}
+    rank = {kind: _side_by_side(some, kind, n_pos).to(device) for kind in graph.shapes}
+
+    def of_rows(flags: list[bool]) -> Bool[Tensor, " row"] | bool:
+        return torch.tensor(flags, device=device)[local] if len({*flags}) > 1 else flags[0]
+
+    inverse = of_rows([each.inverse for each in conditions])
+    keeps_all = {kind: of_rows([each.keeps_all(kind) for each in conditions]) for kind in graph.shapes}
 
     def dropped(kind: str, where: int) -> Tensor | None:
-        if conditions.keeps_all(kind):
+        if (keeps := keeps_all[kind]) is True:
             return None
-        return without(rank[kind][:, where][local], size.to(device), conditions)
+        absent = without(rank[kind][:, where][local], size.to(device), inverse)
+        return absent if keeps is False else absent & ~beside(keeps, absent)
 
     logits = model.logits(tokens, graph.edits(dropped, Rows(model, len(local), last[:1], {})), last=last)
     require_finite(logits, "the logits of circuits")
@@ -197,7 +205,7 @@ def _prompt(asked: Asked) -> Int[Tensor, " pos"]:
     return asked.ground.setting.prompts.tokens[0]
 
 
-def _side_by_side(ranks: Sequence[Int[Tensor, "..."]], kind: str, n_pos: int) -> Int[Tensor, "prompt ..."]:
+def _side_by_side(asked: Sequence[Asked], kind: str, n_pos: int) -> Int[Tensor, "prompt ..."]:
     """Ranks of prompts of several lengths, of which the shorter ones have no edges behind their end."""
     axes = (2, 3) if kind == "head" else (1,)
 
@@ -205,4 +213,4 @@ def _side_by_side(ranks: Sequence[Int[Tensor, "..."]], kind: str, n_pos: int) ->
         missing = [n_pos - rank.shape[axis] if axis in axes else 0 for axis in range(rank.dim())]
         return pad(rank, [side for each in reversed(missing) for side in (0, each)], value=-1)
 
-    return torch.stack([widened(rank) for rank in ranks])
+    return torch.stack([in_order(widened(each.ranking.rank[kind]), each.conditions) for each in asked])

@@ -71,7 +71,7 @@ def run_family(
         def among(kind: str, where: Any) -> Tensor | None:
             if conditions.keeps_all(kind):
                 return None
-            return without(rank[kind][where][None], sizes[part], conditions)
+            return without(rank[kind][where][None], sizes[part], conditions.inverse)
 
         return among
 
@@ -84,11 +84,18 @@ def in_order(rank: Int[Tensor, "*shape"], conditions: Conditions) -> Int[Tensor,
 
 
 def without(
-    place: Int[Tensor, "#circuit ..."], size: Int[Tensor, " circuit"], conditions: Conditions
+    place: Int[Tensor, "#circuit ..."], size: Int[Tensor, " circuit"], inverse: bool | Bool[Tensor, " circuit"]
 ) -> Bool[Tensor, "circuit ..."]:
     """Which edges are ablated in the circuit of each size, or in its complement, by their places in a ranking."""
-    size = size.to(place.dtype).view(-1, *[1] * (place.dim() - 1))
-    return place < size if conditions.inverse else place >= size
+    size = beside(size.to(place.dtype), place)
+    if isinstance(inverse, bool):
+        return place < size if inverse else place >= size
+    return (place >= size) ^ beside(inverse, place)
+
+
+def beside(value: Shaped[Tensor, " circuit"], of: Tensor) -> Shaped[Tensor, "circuit ..."]:
+    """Something of each circuit, to be combined with tensors of each."""
+    return value.view(-1, *[1] * (of.dim() - 1))
 
 
 def run_circuits(
