@@ -4,9 +4,10 @@
 
 Prompts are pieces of this repository's documentation, all equally long. The loop and the sweep run the same prompts
 with the same options; the loop has as many threads of PyTorch as there are cores, the sweep as many processes of one
-thread. They take turns, since machines that are shared change their speed, and have been at work before their time is
-taken: what processes take to start is the same for a million. Ray (extra `ray`), whose actors start anew for each
-sweep, runs all prompts once, less the time of a few. Memory is the peak of a process of its own.
+thread; one worker is the process that runs the loop. They take turns, since machines that are shared change their
+speed, and have been at work before their time is taken: what processes take to start is the same for a million. Ray
+(extra `ray`), whose actors start anew for each sweep, runs all prompts once, less the time of a few. Memory is the
+peak of a process of its own.
 """
 
 import os
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,8 +82,27 @@ class Rounds:
             self._count((engine, workers), done.seconds - start[0], len(prompts) - start[1])
             table = done.table()
         for curve, heights, sizes in zip(curves, table["faithfulness"], table["sizes"], strict=False):
-            self.same &= np.array_equal(sizes, curve.sizes.numpy())
-            self.apart = max(self.apart, float(np.abs(np.asarray(heights) - curve.faithfulness.numpy()).max()))
+            same = np.array_equal(sizes, curve.sizes.numpy())
+            self.same &= same
+            apart = float(np.abs(np.asarray(heights) - curve.faithfulness.numpy()).max()) if same else np.inf
+            self.apart = float(np.maximum(self.apart, apart))  # NaN stays
+
+    def restart(self) -> None:
+        """Forget what was measured."""
+        self.seconds.clear()
+        self.n_prompts.clear()
+
+    def show(self, engine: str, cores: int) -> None:
+        """Print what an engine has done."""
+        for workers in dict.fromkeys((1, cores)):
+            rate = self.rate((engine, workers))
+            shown = f"{engine}, {workers} worker{'s' * (workers > 1)}"
+            print(
+                f"  sweep, {shown:18} {rate:6.2f} prompts per second, {rate / self.rate('loop'):.2f} x the loop, "
+                f"{1e6 / rate * workers / 3600:.0f} core hours for a million"
+            )
+        gain = self.rate((engine, cores)) / self.rate((engine, 1))
+        print(f"  {engine}: {cores} workers do {gain:.2f} times what one does", flush=True)
 
     def _count(self, what: object, seconds: float, n: int) -> None:
         self.seconds[what] += seconds
@@ -105,7 +126,7 @@ def peak(name: str, n: int, n_tokens: int) -> int:
 def main(
     models: Annotated[str, typer.Option(help="Bundled names or folders.")] = "books-gpt2,books-llama",
     tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 40,
-    n: Annotated[int, typer.Option("--n", help="Prompts of a round.")] = 64,
+    n: Annotated[int | None, typer.Option("--n", help="Prompts of a round; by default a part for each core.")] = None,
     n_loop: Annotated[int, typer.Option(help="Prompts of a round's loop, the first ones.")] = 12,
     rounds: Annotated[int, typer.Option(help="How often loop and sweeps take turns.")] = 5,
     baselines: Annotated[bool, typer.Option(help="Random and inverse circuits as well.")] = False,
@@ -113,36 +134,34 @@ def main(
     memory: Annotated[bool, typer.Option(help="Peak memory of 64 and of 512 prompts as well.")] = True,
 ) -> None:
     """Print prompts per second of a loop and of sweeps, and their largest difference, which must be small."""
-    all_same = True
     cores = os.cpu_count() or 1
+    n = n or _PART * cores
+    if n * rounds < 2 * _PART * cores:
+        raise SystemExit(f"`--n` times `--rounds` must be at least {2 * _PART * cores}, got {n * rounds}.")
+    if ray and find_spec("ray") is None:
+        print("Ray is left out: it is not installed")
+        ray = False
+    all_same = True
     print(f"torch {torch.__version__}, {cores} cores, {rounds} rounds of {n} prompts of {tokens} tokens")
     for name in models.split(","):
         found = Rounds(name, {"baselines": baselines})
         prompts = prompts_of(found.model, tokens, n * rounds)
-        engines = [("local", 1), ("local", cores), *([("ray", 1), ("ray", cores)] if ray else [])]
-        for engine in engines[:2]:
-            found.sweep(prompts[: _PART * cores], *engine, [])
+        for workers in (1, cores):
+            found.sweep(prompts[: _PART * cores], "local", workers, [])
         found.loop(prompts[:1])
-        found.seconds.clear(), found.n_prompts.clear()
-        curves: list[td.DensityCurve] = []
+        found.restart()
         for start in range(0, n * rounds, n):
             some = prompts[start : start + n]
             curves = found.loop(some[:n_loop])
-            for engine in engines[:2]:
-                found.sweep(some, *engine, curves)
-        for engine in engines[2:]:
-            found.sweep(prompts, *engine, found.loop(prompts[:n_loop]))
+            for workers in (1, cores):
+                found.sweep(some, "local", workers, curves)
         print(f"\n{name}\n  loop of td.density        {found.rate('loop'):6.2f} prompts per second")
-        for engine, workers in engines:
-            rate = found.rate((engine, workers))
-            shown = f"{engine}, {workers} worker{'s' * (workers > 1)}"
-            print(
-                f"  sweep, {shown:18} {rate:6.2f} prompts per second, {rate / found.rate('loop'):.2f} x the loop, "
-                f"{1e6 / rate * workers / 3600:.0f} core hours for a million"
-            )
-        for engine in dict.fromkeys(engine for engine, _ in engines):
-            gain = found.rate((engine, cores)) / found.rate((engine, 1))
-            print(f"  {engine}: {cores} workers do {gain:.2f} times what one does")
+        found.show("local", cores)
+        if ray:
+            curves = found.loop(prompts[:n_loop])
+            for workers in (1, cores):
+                found.sweep(prompts, "ray", workers, curves)
+            found.show("ray", cores)
         print(f"  {'the same' if found.same else 'OTHER'} sizes as the loop, faithfulness to {found.apart:.0e}")
         all_same &= found.same and found.apart <= _TOLERANCE
         if memory:

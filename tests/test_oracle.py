@@ -20,7 +20,7 @@ from tracedensity.choices import Attention, Method
 from tracedensity.graph import Graph, flatten, unflatten
 from tracedensity.graph.circuit import Circuit
 from tracedensity.graph.token import TokenGraph
-from tracedensity.model import as_transformer, place
+from tracedensity.model import as_transformer, idle
 from tracedensity.provenance import Provenance
 from tracedensity.run import Conditions, run_circuits, run_family
 from tracedensity.score.baseline import arrival_scores
@@ -98,7 +98,7 @@ def one_thread():
 def nothing_is_too_small():
     """What is left out where heads bring nothing is left out of models as small as these, too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(place, "_WORTHWHILE", 0)
+        patch.setattr(idle, "_WORTHWHILE", 0)
         yield
 
 

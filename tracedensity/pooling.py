@@ -128,9 +128,9 @@ def _answers(active: Sequence[tuple[object, Asked]]) -> list[Answer | Exception]
     pools: dict[object, list[int]] = {}
     for number, (_, asked) in enumerate(active):
         graph = asked.graph
-        # circuits, complements and those that keep skip connections go together; what is masked at all is one's own
-        of_all = asked.conditions.attention, asked.conditions.ablation, id(asked.ground.setting.model)
-        key = number if graph is None else (*of_all, replace(graph, n_pos=1))
+        # whether a circuit is a complement, or keeps skip connections, may differ from row to row
+        model, attention = id(asked.ground.setting.model), asked.conditions.attention
+        key = number if graph is None else (model, attention, replace(graph, n_pos=1))
         pools.setdefault(key, []).append(number)
     for numbers in pools.values():
         some = [active[number][1] for number in numbers]

@@ -12,7 +12,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from tracedensity.graph import Dropped, EdgeList, Rows, flatten, unflatten
-from tracedensity.model import Edit, Site, Transformer, attended, picked
+from tracedensity.model import Attended, Edit, Site, Transformer
 
 _NAME = re.compile(r"(?:a(\d+)\.h(\d+)@(\d+)->|m(\d+)(?:\.n(\d+))?@|r(\d+)\.(attn|mlp)@)(\d+)")
 
@@ -249,11 +249,11 @@ class TokenGraph:
 
             def idle(value: Tensor) -> Tensor:
                 absent = share("head", layer)
-                if absent is None or absent.dtype != torch.bool:
+                if absent is None:
                     return torch.zeros(value.shape[:2], dtype=torch.bool, device=value.device)
                 nothing = absent.view(torch.uint8).amin(1).amin(2).bool()  # ten times as fast as `all`
-                rows, start = attended(nothing)
-                known[:] = [picked(absent, rows)[:, :, start:]]
+                attended = Attended.of(nothing)
+                known[:] = [attended.picked(absent)[:, :, attended.start :]]
                 return nothing
 
             def weighed(pattern: Tensor) -> Tensor:
@@ -261,10 +261,10 @@ class TokenGraph:
                 return pattern if absent is None else _patched(pattern, absent, None)
 
             def replaced(pattern: Tensor) -> Tensor:
-                absent, values, own = share("head", layer), tiled(("v", layer)), tiled(("pattern", layer))
-                assert values is not None
-                if absent is None:
+                if (absent := share("head", layer)) is None:
                     return pattern
+                values, own = tiled(("v", layer)), tiled(("pattern", layer))
+                assert values is not None
                 weight = (pattern if own is None else own.to(pattern.dtype)) * absent.to(pattern.dtype)
                 values = values.to(weight.dtype).expand(len(weight), self.n_pos, -1, -1)
                 brought.append(einsum(weight, values, "row head dest src, row src head d_head -> row dest head d_head"))

@@ -27,7 +27,7 @@ Of heads: ``q``, ``z`` ``[batch, pos, head, d_head]``; ``k``, ``v`` ``[batch, po
 Of no value but of work: ``mlp_idle``, whose edit is given what the MLP reads, and gives booleans ``[batch, pos]``, true
 where what it makes is not wanted; it is zero there, or not, as is quicker. ``attn_idle``, whose edit is given what
 attention reads, and gives booleans ``[batch, pos]``, true where heads bring nothing; if it is asked, the edit of
-``pattern`` is given what `attended` says of these.
+``pattern`` is given what is `Attended`.
 
 What norms divide by ``[batch, pos, 1]``: ``attn_in_scale``, ``attn_scale`` (between heads and stream),
 ``mlp_in_scale``, ``mlp_scale`` (between MLP and stream), ``final_scale``.

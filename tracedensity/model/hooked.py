@@ -20,8 +20,9 @@ from tracedensity.model.adapter import (
     norm_of,
     remade,
 )
+from tracedensity.model.idle import IdleAttention
 from tracedensity.model.norm import NormLayer
-from tracedensity.model.place import Idle, Input, Place, Point, Spared
+from tracedensity.model.place import Input, Place, Point, Spared
 from tracedensity.model.precision import full_precision
 
 _POINTS = {
@@ -84,17 +85,29 @@ class HookedAdapter:
 
     def _norm_names(self) -> dict[str, str]:
         """Which of a block's modules are which norms."""
-        from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
-
         cfg = self.model.cfg
         if cfg.normalization_type is None:
             return {}
-        if cfg.original_architecture in POST_NORM_ARCHITECTURES:
+        if self._norms_follow:
             return {"attn_out": "ln1", "mlp_out": "ln2"}
         names = {"attn_in": "ln1", "mlp_in": "ln2"}
         if cfg.use_normalization_before_and_after:
             names |= {"attn_out": "ln1_post", "mlp_out": "ln2_post"}
         return {name: module for name, module in names.items() if not cfg.attn_only or name.startswith("attn")}
+
+    @property
+    def _norms_follow(self) -> bool:
+        """Whether `ln1` and `ln2` are called with what sublayers make."""
+        from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
+
+        return self.model.cfg.original_architecture in POST_NORM_ARCHITECTURES
+
+    @property
+    def _reads_one_stream(self) -> bool:
+        """Whether queries, keys and values are made of one stream, by `ln1` and nothing else."""
+        cfg = self.model.cfg
+        apart = cfg.use_split_qkv_input or cfg.positional_embedding_type == "shortformer"  # positions join the former
+        return not apart and not self._norms_follow
 
     # -- places ----------------------------------------------------------------------------------
 
@@ -103,9 +116,7 @@ class HookedAdapter:
         if name == "mlp_idle":
             return None if self.W_out(layer) is None else Spared.of(block.mlp)
         if name == "attn_idle":
-            # norms behind attention, and positions that are added behind norms, are of other shapes
-            plain = self._norms.get("attn_out") != "ln1" and self.model.cfg.positional_embedding_type != "shortformer"
-            return Idle.of(block.ln1, block.attn) if plain else None
+            return IdleAttention.of(block.ln1, block.attn) if self._reads_one_stream else None
         if name == "mlp_in":
             # there is a hook for it only where a flag is set; the module that reads it has a hook of PyTorch's
             return Input(getattr(block, self._norms.get("mlp_in", "mlp")))

@@ -29,6 +29,9 @@ Prompt: TypeAlias = str | Sequence[SupportsIndex] | Tensor | np.ndarray
 Edit: TypeAlias = Callable[[Tensor], Tensor]
 """What to put in place of a value, given the value."""
 
+_WITHIN = {"mlp_idle": ("pre", "post"), "attn_idle": ("q", "k", "v", "z")}
+"""Of which values there are fewer tokens or rows where work is left out."""
+
 
 @dataclass(frozen=True, eq=False)
 class Transformer(Shape):
@@ -271,11 +274,8 @@ class Transformer(Shape):
         for (name, layer), edit in edits.items():
             if name == "skip_attn":
                 visits += self.adapter.skip_attn(layer, edit)
-            elif name == "mlp_idle":  # a shortcut, which is not taken where somebody looks at neurons
-                place = None if {("pre", layer), ("post", layer)} & edits.keys() else self.adapter.place(name, layer)
-                visits += [] if place is None else [Visiting(place, edit)]
-            elif name == "attn_idle":  # another, which is not taken where somebody looks at heads
-                seen = {(each, layer) for each in "qkvz"} & edits.keys()
+            elif name in _WITHIN:  # a shortcut, which is not taken where somebody looks at what it leaves out
+                seen = any((each, layer) in edits for each in _WITHIN[name])
                 place = None if seen else self.adapter.place(name, layer)
                 visits += [] if place is None else [Visiting(place, edit)]
             elif name == "skip_mlp":
