@@ -59,7 +59,7 @@ class IdleAttention:
     """Attention of TransformerLens, which need not run where heads bring nothing: it adds the same there, a bias.
 
     A visit is given what its norm reads, and says where that is; it is not asked where gradients are recorded. Of rows
-    that read the same, one behind the other, queries, keys and values are made once.
+    that read the same, one behind the other, queries, keys and values are made once; the norm is run once for the three.
 
     Attributes:
         norm: What is called with the stream, the same one, for queries, for keys and for values.
@@ -76,15 +76,22 @@ class IdleAttention:
 
     def attach(self, visit: Visit, *, first: bool = False) -> Detach:
         packed: list[_Packed] = []
+        normal: list[Tensor] = []
 
         def pack(module: object, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            if not packed:
-                if args[0].numel() < _WORTHWHILE or torch.is_grad_enabled():  # each row has a gradient of its own
-                    return None
-                idle = visit(args[0])
-                assert idle is not None
-                packed.append(_Packed.of(args[0], Attended.of(idle)))
-            return (packed[0].few, *args[1:])
+            if packed:
+                return (args[0][:1, :1],)  # what comes of all is known
+            if args[0].numel() < _WORTHWHILE or torch.is_grad_enabled():  # each row has a gradient of its own
+                return None
+            idle = visit(args[0])
+            assert idle is not None
+            packed.append(_Packed.of(args[0], Attended.of(idle)))
+            return (packed[0].few,)
+
+        def repeat(module: object, args: object, output: Tensor) -> Tensor | None:
+            if packed and not normal:
+                normal.append(output)
+            return normal[0] if normal else None
 
         def begin(module: object, args: object, kwargs: dict[str, Any]) -> Any:
             if not packed or not (start := packed[0].attended.start):
@@ -96,11 +103,13 @@ class IdleAttention:
             return _picked(value, packed[0].widen) if packed and packed[0].is_alike else value
 
         def whole(module: object, args: object, output: Tensor) -> Tensor | None:
+            normal.clear()
             return packed.pop().attended.whole(output) if packed else None
 
         points = [Point(point).attach(widened, first=True) for point in (self.module.hook_v, self.module.hook_pattern)]
         hooks = [
             self.norm.register_forward_pre_hook(pack),
+            self.norm.register_forward_hook(repeat),
             self.module.register_forward_pre_hook(begin, with_kwargs=True),
             self.module.register_forward_hook(whole),
         ]

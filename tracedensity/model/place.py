@@ -132,26 +132,27 @@ class Spared:
         return None if watched(module) else cls(module)
 
     def attach(self, visit: Visit, *, first: bool = False) -> Detach:
-        wanted: list[Tensor] = []
+        packed: list[tuple[torch.Size, Tensor]] = []  # tokens there are, and which of them are wanted
 
         def pack(module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if len(args) != 1 or kwargs:  # such as BLOOM's, whose MLP adds the stream that it is given as well
                 return None
             idle = visit(args[0])
-            if idle is None or not idle.any():
+            assert idle is not None
+            wanted = (~idle).flatten().nonzero()[:, 0]
+            if len(wanted) == idle.numel():
                 return None
-            kept = ~idle
-            kept[0, 0] |= not kept.any()  # a module may not know what to do with nothing
-            wanted.append(kept)
-            return (args[0][kept][None],), kwargs
+            if not len(wanted):  # a module may not know what to do with nothing
+                wanted = wanted.new_zeros(1)
+            packed.append((idle.shape, wanted))
+            return (args[0].flatten(0, 1).index_select(0, wanted)[None],), kwargs
 
         def spread(module: object, args: object, output: Tensor) -> Tensor | None:
-            if not wanted:
+            if not packed:
                 return None
-            kept = wanted.pop()
-            whole = output.new_zeros(*kept.shape, output.shape[-1])
-            whole[kept] = output[0]
-            return whole
+            shape, wanted = packed.pop()
+            whole = output.new_zeros(shape.numel(), output.shape[-1])
+            return whole.index_copy_(0, wanted, output[0]).unflatten(0, shape)
 
         before = self.module.register_forward_pre_hook(pack, with_kwargs=True)
         after = self.module.register_forward_hook(spread)
