@@ -59,7 +59,7 @@ class IdleAttention:
     """Attention of TransformerLens, which need not run where heads bring nothing: it adds the same there, a bias.
 
     A visit is given what its norm reads, and says where that is; it is not asked where gradients are recorded. Of rows
-    that read the same, one behind the other, queries, keys and values are made once; the norm is run once for the three.
+    that read the same, one behind the other, queries, keys and values are made once, and the norm runs once for these.
 
     Attributes:
         norm: What is called with the stream, the same one, for queries, for keys and for values.
