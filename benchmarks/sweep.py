@@ -75,8 +75,9 @@ class Rounds:
         given = {"workers": workers, "engine": engine, "progress": False, "part_size": _PART, **self.options}
         with tempfile.TemporaryDirectory() as folder:
             start = 0.0, 0
-            if engine == "ray":  # whose actors start anew each time
+            if engine == "ray":  # whose actors start anew each time, and which itself starts with the first of them
                 few = prompts[: _PART * workers]
+                td.sweep(self.name, few, f"{folder}/first", **given)
                 start = td.sweep(self.name, few, f"{folder}/few", **given).seconds, len(few)
             done = td.sweep(self.name, prompts, f"{folder}/all", **given)
             self._count((engine, workers), done.seconds - start[0], len(prompts) - start[1])

@@ -28,7 +28,7 @@ from training import train
 
 ROOT = Path(__file__).parents[1]
 
-STORIES = ", and stories260K, a Llama of 0.3 million trained on children's stories"
+STORIES = "\nBeside them stands stories260K, a Llama of 0.3 million trained on children's stories."
 """What the page says of the model that need not be there."""
 
 
