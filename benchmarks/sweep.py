@@ -6,7 +6,7 @@ Prompts are pieces of this repository's documentation, all equally long. The loo
 with the same options; the loop has as many threads of PyTorch as there are cores, the sweep as many processes of one
 thread; one worker is the process that runs the loop. They take turns, since machines that are shared change their
 speed, and have been at work before their time is taken: what processes take to start is the same for a million. Ray
-(extra `ray`), whose actors start anew for each sweep, runs all prompts once, less the time of a few. Memory is the
+(extra `ray`), whose actors start anew for each sweep, runs all prompts once, less the time of one part. Memory is the
 peak of a process of its own.
 """
 
@@ -76,9 +76,10 @@ class Rounds:
         with tempfile.TemporaryDirectory() as folder:
             start = 0.0, 0
             if engine == "ray":  # whose actors start anew each time, and which itself starts with the first of them
-                few = prompts[: _PART * workers]
-                td.sweep(self.name, few, f"{folder}/first", **given)
-                start = td.sweep(self.name, few, f"{folder}/few", **given).seconds, len(few)
+                part = prompts[:_PART]
+                td.sweep(self.name, part, f"{folder}/first", **given)
+                # while one actor runs this, others wait; of all prompts they run as many
+                start = td.sweep(self.name, part, f"{folder}/part", **given).seconds, _PART * workers
             done = td.sweep(self.name, prompts, f"{folder}/all", **given)
             self._count((engine, workers), done.seconds - start[0], len(prompts) - start[1])
             table = done.table()
