@@ -46,7 +46,10 @@ class Devices(TorchFunctionMode):
         if function in (Tensor.__getitem__, Tensor.__setitem__, Tensor.copy_, Tensor.index_put_):
             given = given[:1]  # indices may be on the CPU
         device = asked or _common(function, given)
-        return tree_map(lambda each: at(each, device) if isinstance(each, Tensor) else each, function(*args, **kwargs))
+        found = function(*args, **kwargs)
+        if isinstance(found, torch.Size):  # of which tree_map makes a tuple
+            return found
+        return tree_map(lambda each: at(each, device) if isinstance(each, Tensor) else each, found)
 
     def _moved(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         value, *rest = args
