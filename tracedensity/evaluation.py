@@ -13,7 +13,7 @@ from tracedensity.choices import Attention
 from tracedensity.choices import Metric as MetricName
 from tracedensity.extract import Ranking
 from tracedensity.faithfulness import CONVERSIONS, METRICS
-from tracedensity.gauge import empty_values, measure_of, recovered
+from tracedensity.gauge import Measuring, empty_values, recovered
 from tracedensity.graph import Graph
 from tracedensity.graph.circuit import Circuit
 from tracedensity.graph.component import ComponentGraph
@@ -234,7 +234,7 @@ def evaluate(
     if target is not None:
         setting = setting.answered(target)
     named = named_metrics(metrics, setting)
-    measure = measure_of(setting, named)
+    measure = Measuring(setting, named)
     shares = None
     if ranking is not None:
         default = paper_sizes if isinstance(graph, TokenGraph) else benchmark_sizes

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import update_wrapper
 
 import torch
 from jaxtyping import Float, Int
@@ -15,42 +17,78 @@ NUCLEI = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99)
 """Masses of the nuclei that `nucleus_recovery` compares."""
 
 
-def total_variation(full: Full, circuit: Logits) -> Float[Tensor, "..."]:
+@dataclass(eq=False)
+class Comparison:
+    """A metric, called with the model's logits and the circuits'.
+
+    Attributes:
+        known: What it has to know of the model's logits, each a tensor of the same batch: the same for all circuits.
+        measured: The metric of the circuits' logits, given this.
+    """
+
+    known: Callable[[Tensor], tuple[Tensor, ...]]
+    measured: Callable[..., Tensor]
+
+    def __call__(self, full: Full, circuit: Logits) -> Float[Tensor, "..."]:
+        return self.measured(circuit, *self.known(full))
+
+
+def _given(known: Callable[[Tensor], tuple[Tensor, ...]]) -> Callable[[Callable[..., Tensor]], Comparison]:
+    def compared(measured: Callable[..., Tensor]) -> Comparison:
+        comparison = Comparison(known, measured)
+        update_wrapper(comparison, measured)
+        return comparison
+
+    return compared
+
+
+@_given(lambda full: (full.softmax(-1),))
+def total_variation(circuit: Logits, p: Full) -> Float[Tensor, "..."]:
     """Half the L1 distance of the two distributions: 0 if equal, 1 if disjoint."""
-    return (full.softmax(-1) - circuit.softmax(-1)).abs().sum(-1) / 2
+    return (p - circuit.softmax(-1)).abs().sum(-1) / 2
 
 
-def kl_divergence(full: Full, circuit: Logits) -> Float[Tensor, "..."]:
+@_given(lambda full: (full.log_softmax(-1),))
+def kl_divergence(circuit: Logits, full_log: Full) -> Float[Tensor, "..."]:
     """KL(full || circuit) in nats."""
-    full_log, circuit_log = full.log_softmax(-1), circuit.log_softmax(-1)
-    return (full_log.exp() * (full_log - circuit_log)).sum(-1).clamp(min=0.0)
+    return (full_log.exp() * (full_log - circuit.log_softmax(-1))).sum(-1).clamp(min=0.0)
 
 
-def jensen_shannon(full: Full, circuit: Logits) -> Float[Tensor, "..."]:
+@_given(lambda full: (full.softmax(-1),))
+def jensen_shannon(circuit: Logits, p: Full) -> Float[Tensor, "..."]:
     """Jensen-Shannon divergence in nats, at most ln 2."""
-    p, q = full.softmax(-1), circuit.softmax(-1)
+    q = circuit.softmax(-1)
     middle = (p + q) / 2
     half = torch.special.entr(middle).sum(-1)
     return (half - (torch.special.entr(p).sum(-1) + torch.special.entr(q).sum(-1)) / 2).clamp(min=0.0)
 
 
-def same_top1(full: Full, circuit: Logits) -> Float[Tensor, "..."]:
+@_given(lambda full: (full.argmax(-1),))
+def same_top1(circuit: Logits, top: Int[Tensor, "*#batch"]) -> Float[Tensor, "..."]:
     """1 where the most probable token is the model's, else 0."""
-    return (circuit.argmax(-1) == full.argmax(-1)).to(full.dtype)
+    return (circuit.argmax(-1) == top).to(circuit.dtype)
 
 
-def nucleus_recovery(full: Full, circuit: Logits) -> Float[Tensor, "..."]:
+def _nuclei(logits: Logits) -> tuple[Int[Tensor, "... d_vocab"], Int[Tensor, "... nucleus"]]:
+    """Tokens by falling probability, and the length of each nucleus."""
+    probability, order = logits.double().softmax(-1).sort(dim=-1, descending=True, stable=True)
+    return order, _lengths(probability.cumsum(-1))
+
+
+@_given(_nuclei)
+def nucleus_recovery(
+    circuit: Logits, order: Int[Tensor, "*#batch d_vocab"], length: Int[Tensor, "*#batch nucleus"]
+) -> Float[Tensor, "..."]:
     """The largest of the masses in `NUCLEI` whose nucleus is the same list of tokens in the same order; 0 if none.
 
     The nucleus of mass c is the shortest prefix of the tokens, most probable first, that holds at least
     c. Each is cut on its own distribution. Not monotone in the circuit's size by construction.
     """
-    order, length = _nuclei(full)
-    shape = torch.broadcast_shapes(full.shape, circuit.shape)
+    shape = torch.broadcast_shapes(order.shape, circuit.shape)
     order, length, circuit = order.expand(shape), length.expand(*shape[:-1], -1), circuit.expand(shape)
     # what has another token on top recovers nothing: most small circuits
     some = (circuit.gather(-1, order[..., :1]) >= circuit.amax(-1, keepdim=True))[..., 0]
-    found = full.new_zeros(shape[:-1])
+    found = circuit.new_zeros(shape[:-1])
     if some.any():
         found[some] = _recovered(order[some], length[some], circuit[some]).to(found.dtype)
     return found
@@ -85,19 +123,16 @@ def _recovered(
     return masses[(same * torch.arange(1, len(NUCLEI) + 1, device=logits.device)).amax(-1)]
 
 
-def nucleus_size(full: Full, circuit: Logits) -> Float[Tensor, "..."]:
+@_given(_nuclei)
+def nucleus_size(
+    circuit: Logits, order: Int[Tensor, "*#batch d_vocab"], length: Int[Tensor, "*#batch nucleus"]
+) -> Float[Tensor, "..."]:
     """Number of tokens in the largest nucleus that is recovered; 0 if none."""
-    recovered = nucleus_recovery(full, circuit)
-    length = _nuclei(full)[1].expand(*recovered.shape, -1)
-    masses = torch.tensor(NUCLEI, dtype=full.dtype, device=full.device)
+    recovered = nucleus_recovery.measured(circuit, order, length)
+    masses = torch.tensor(NUCLEI, dtype=circuit.dtype, device=circuit.device)
     which = (recovered[..., None] == masses).long().argmax(-1, keepdim=True)
-    return torch.where(recovered > 0, length.gather(-1, which)[..., 0], 0).to(full.dtype)
-
-
-def _nuclei(logits: Logits) -> tuple[Int[Tensor, "... d_vocab"], Int[Tensor, "... nucleus"]]:
-    """Tokens by falling probability, and the length of each nucleus."""
-    probability, order = logits.double().softmax(-1).sort(dim=-1, descending=True, stable=True)
-    return order, _lengths(probability.cumsum(-1))
+    found = length.expand(*recovered.shape, -1).gather(-1, which)[..., 0]
+    return torch.where(recovered > 0, found, 0).to(circuit.dtype)
 
 
 def _lengths(mass: Float[Tensor, "... d_vocab"]) -> Int[Tensor, "... nucleus"]:
@@ -114,15 +149,14 @@ def entropy(logits: Float[Tensor, "*batch d_vocab"]) -> Float[Tensor, "*batch"]:
     return torch.special.entr(logits.softmax(-1)).sum(-1)
 
 
-# Each takes the model's logits and the circuits'.
-METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+METRICS: dict[str, Comparison] = {
     "tv": total_variation,
     "kl": kl_divergence,
     "js": jensen_shannon,
     "top1": same_top1,
     "nucleus": nucleus_recovery,
     "nucleus_size": nucleus_size,
-    "entropy": lambda full, circuit: entropy(circuit),
+    "entropy": Comparison(lambda full: (), entropy),
 }
 
 CONVERSIONS: dict[str, Callable[[Tensor], Tensor]] = {

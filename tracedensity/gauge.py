@@ -1,17 +1,71 @@
 """Gauges: how faithful circuits are, by a metric and by what counts as none and as all of it."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tracedensity.faithfulness import CONVERSIONS, METRICS, faithfulness, kl_divergence
 from tracedensity.graph import Graph
 from tracedensity.metric import Metric, measure_circuits, named_metric
-from tracedensity.run import Conditions, Measure, run_masks
+from tracedensity.run import Conditions, run_masks
 from tracedensity.setting import Setting
+
+
+@dataclass(frozen=True, eq=False)
+class Measuring:
+    """Metrics of circuits in a setting; it is called with their logits on some of the examples.
+
+    Attributes:
+        setting: Where the circuits are run.
+        metrics: The metrics by name.
+    """
+
+    setting: Setting
+    metrics: Mapping[str, str | Metric]
+    _known: dict[str, tuple[Tensor, ...]] = field(default_factory=dict, init=False)
+
+    def __call__(self, logits: Float[Tensor, "circuit example d_vocab"], part: slice) -> dict[str, Tensor]:
+        some = self.setting.examples[part]
+        return {
+            name: METRICS[metric].measured(logits, *self.known(metric, part))
+            if isinstance(metric, str)
+            else measure_circuits(metric, logits, some)
+            for name, metric in self.metrics.items()
+        }
+
+    def known(self, metric: str, part: slice) -> tuple[Tensor, ...]:
+        """What a metric has to know of the model's predictions; worked out once where there is one of them."""
+        if len(self.setting.examples) > 1:
+            return METRICS[metric].known(self.setting.clean_logits[part])
+        if metric not in self._known:
+            self._known[metric] = METRICS[metric].known(self.setting.clean_logits)
+        return self._known[metric]
+
+
+def measured_together(
+    several: Sequence[Measuring], owner: Int[Tensor, " row"], logits: Float[Tensor, "row d_vocab"]
+) -> dict[str, Float[Tensor, " row"]]:
+    """The same metrics of circuits of several settings, each with one example.
+
+    Args:
+        several: Who measures.
+        owner: Which of them measures each row.
+        logits: Predictions of circuits.
+    """
+    found: dict[str, Tensor] = {}
+    for name, metric in several[0].metrics.items():
+        if isinstance(metric, str):
+            known = zip(*(each.known(metric, slice(None)) for each in several), strict=True)
+            found[name] = METRICS[metric].measured(logits, *(torch.cat(each)[owner] for each in known))
+            continue
+        found[name] = logits.new_empty(len(logits))
+        for number, each in enumerate(several):
+            own = owner == number
+            found[name][own] = measure_circuits(metric, logits[own][:, None], each.setting.examples)[:, 0]
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +74,7 @@ class Gauge:
 
     Attributes:
         metric: Name of the metric.
-        measure: The metric as a function of logits, under the name "".
+        measure: The metric, under the name "", and what else is measured.
         setting: Where circuits are run.
         full: The metric of the model on each example; None where the metric compares with the model by itself.
         empty: That of the circuit without edges, likewise.
@@ -28,7 +82,7 @@ class Gauge:
     """
 
     metric: str
-    measure: Measure
+    measure: Measuring
     setting: Setting
     full: Float[Tensor, " example"] | None = None
     empty: Float[Tensor, " example"] | None = None
@@ -44,8 +98,8 @@ class Gauge:
             metric = named_metric(None, setting.examples)[0] if setting.asked else "tv"
         name = metric if isinstance(metric, str) else named_metric(metric, setting.examples)[0]
         if name in CONVERSIONS:
-            return cls(name, measure_of(setting, {"": name, **also}), setting, also=tuple(also))
-        measure = measure_of(setting, {"": named_metric(metric, setting.examples)[1], **also})
+            return cls(name, Measuring(setting, {"": name, **also}), setting, also=tuple(also))
+        measure = Measuring(setting, {"": named_metric(metric, setting.examples)[1], **also})
         full = measure(setting.clean_logits[None], slice(None))[""][0].cpu()
         return cls(name, measure, setting, full, empty_values(setting, graph, measure)[""], tuple(also))
 
@@ -95,22 +149,7 @@ def differ(full: Float[Tensor, " example"], empty: Float[Tensor, " example"]) ->
     return abs(top - bottom) > 1e-6 * (1 + abs(top))
 
 
-def measure_of(setting: Setting, metrics: Mapping[str, str | Metric]) -> Measure:
-    """Metrics as functions of the logits of circuits on some of the examples."""
-
-    def measured(logits: Float[Tensor, "circuit example d_vocab"], part: slice) -> dict[str, Tensor]:
-        some = setting.examples[part]
-        return {
-            name: METRICS[metric](setting.clean_logits[part], logits)
-            if isinstance(metric, str)
-            else measure_circuits(metric, logits, some)
-            for name, metric in metrics.items()
-        }
-
-    return measured
-
-
-def empty_values(setting: Setting, graph: Graph, measure: Measure) -> dict[str, Float[Tensor, " example"]]:
+def empty_values(setting: Setting, graph: Graph, measure: Measuring) -> dict[str, Float[Tensor, " example"]]:
     """The circuit without edges, measured: under most ablations that is no plain run on anything."""
     nothing = {kind: torch.zeros(1, *shape, dtype=torch.bool) for kind, shape in graph.shapes.items()}
     values = run_masks(setting, graph, nothing, Conditions(ablation=setting.ablation), measure)

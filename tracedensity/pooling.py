@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tracedensity.extract import Ranking
+from tracedensity.gauge import measured_together
 from tracedensity.graph import Rows
 from tracedensity.graph.token import TokenGraph
 from tracedensity.ground import Ground
@@ -129,8 +130,8 @@ def _answers(active: Sequence[tuple[object, Asked]]) -> list[Answer | Exception]
     for number, (_, asked) in enumerate(active):
         graph = asked.graph
         # whether a circuit is a complement, or keeps skip connections, may differ from row to row
-        model, attention = id(asked.ground.setting.model), asked.conditions.attention
-        key = number if graph is None else (model, attention, replace(graph, n_pos=1))
+        model, metrics = id(asked.ground.setting.model), tuple(asked.ground.gauge.measure.metrics.items())
+        key = number if graph is None else (model, metrics, asked.conditions.attention, replace(graph, n_pos=1))
         pools.setdefault(key, []).append(number)
     for numbers in pools.values():
         some = [active[number][1] for number in numbers]
@@ -159,20 +160,19 @@ def _pooled(asked: Sequence[Asked]) -> list[Answer]:
     owner = torch.cat([torch.full((len(asked[number].sizes),), number) for number in by_length])
     size = torch.cat([asked[number].sizes for number in by_length])
     model, longest = asked[0].ground.setting.model, len(_prompt(asked[by_length[-1]]))
-    logits: list[Tensor] = []
+    measured: dict[str, list[Tensor]] = {}
     with flushed_denormals():
         for part in slices(len(owner), rows_at_once(model, longest)):
-            logits.append(_run(asked, owner[part], size[part]))
-    rows = torch.cat(logits)
-    answers = []
-    for number, each in enumerate(asked):
-        own = rows[(owner == number).to(rows.device)][:, None]
-        answers.append({name: values.cpu() for name, values in each.ground.gauge.measure(own, slice(None)).items()})
-    return answers
+            for name, values in _run(asked, owner[part], size[part]).items():
+                measured.setdefault(name, []).append(values.cpu())
+    rows = {name: torch.cat(parts)[:, None] for name, parts in measured.items()}
+    return [{name: values[owner == number] for name, values in rows.items()} for number in range(len(asked))]
 
 
-def _run(asked: Sequence[Asked], owner: Int[Tensor, " row"], size: Int[Tensor, " row"]) -> Float[Tensor, "row d_vocab"]:
-    """Logits of circuits, each on the prompt of its owner."""
+def _run(
+    asked: Sequence[Asked], owner: Int[Tensor, " row"], size: Int[Tensor, " row"]
+) -> dict[str, Float[Tensor, " row"]]:
+    """What is measured of circuits, each on the prompt of its owner."""
     owners, local = owner.unique(return_inverse=True)
     some = [asked[number] for number in owners.tolist()]
     model, conditions, graph = some[0].ground.setting.model, [each.conditions for each in some], some[0].graph
@@ -198,7 +198,7 @@ def _run(asked: Sequence[Asked], owner: Int[Tensor, " row"], size: Int[Tensor, "
 
     logits = model.logits(tokens, graph.edits(dropped, Rows(model, len(local), last[:1], {})), last=last)
     require_finite(logits, "the logits of circuits")
-    return logits
+    return measured_together([each.ground.gauge.measure for each in some], local, logits)
 
 
 def _prompt(asked: Asked) -> Int[Tensor, " pos"]:
