@@ -3,11 +3,11 @@
     python -m benchmarks.sweep [--models NAMES] [--no-ray] [--no-memory]
 
 Prompts are pieces of this repository's documentation, all equally long. The loop and the sweep run the same prompts
-with the same options; the loop has as many threads of PyTorch as there are cores, the sweep as many processes of one
-thread; one worker is the process that runs the loop. They take turns, since machines that are shared change their
-speed, and have been at work before their time is taken: what processes take to start is the same for a million. Ray
-(extra `ray`), whose actors start anew for each sweep, runs all prompts once, less the time of one part. Memory is the
-peak of a process of its own.
+with the same options, and both measure what the tables of a sweep hold beside faithfulness (`also`). The loop has as
+many threads of PyTorch as there are cores, the sweep as many processes of one thread; one worker is the process that
+runs the loop. They take turns, since machines that are shared change their speed, and have been at work before their
+time is taken: what processes take to start is the same for a million. Ray (extra `ray`), whose actors start anew for
+each sweep, runs all prompts once, less the time of one part. Memory is the peak of a process of its own.
 """
 
 import os
@@ -26,6 +26,7 @@ import typer
 
 import tracedensity as td
 from tracedensity.model import as_transformer
+from tracedensity.study.table import ALSO
 
 ROOT = Path(__file__).parents[1]
 _PART = 32
@@ -66,7 +67,7 @@ class Rounds:
         """Curves of prompts, one after another."""
         torch.set_num_threads(os.cpu_count() or 1)
         begun = time.perf_counter()
-        curves = [td.density(self.model, prompt, **self.options) for prompt in prompts]
+        curves = [td.density(self.model, prompt, also=ALSO, **self.options) for prompt in prompts]
         self._count("loop", time.perf_counter() - begun, len(prompts))
         return curves
 

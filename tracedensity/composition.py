@@ -105,6 +105,7 @@ def counts_in(
     """Counts of nested circuits, of all sizes at once."""
     shape = (len(sizes), len(groups.rows), len(groups.columns))
     n_cells = shape[1] * shape[2]
-    point = torch.searchsorted(sizes, groups.laid_out(rank).long(), right=True)  # the first whose size is above it
+    place = groups.laid_out(rank).long()
+    point = torch.searchsorted(sizes, torch.arange(len(place)), right=True)[place]  # the first whose size is above it
     entering = (point * n_cells + groups.of_edges).bincount(minlength=len(sizes) * n_cells)
     return entering.view(shape).cumsum(0)

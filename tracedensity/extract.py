@@ -210,35 +210,41 @@ def _arcs_best_first(edges: EdgeList, weight: np.ndarray) -> np.ndarray:
 
     reached_at = np.full(edges.n_nodes, -1)  # step at which a node was reached
     best_weight = np.full(edges.n_nodes, -np.inf)  # of the edges on offer from each node not yet reached
+    bound = best_weight.copy()  # what an edge from it must be above to be the best: infinite once it is reached
     best_edge = np.zeros(edges.n_nodes, dtype=np.int64)
     reaching_edge = []  # the edge that reached the node of step 1, 2, ...
     node, step = edges.output, 0
     while True:
         reached_at[node] = step
-        best_weight[node] = -np.inf
+        best_weight[node], bound[node] = -np.inf, np.inf
         pairs = slice(node_start[node], node_start[node + 1])
         sources, weights = pair_source[pairs], pair_weight[pairs]
-        better = (reached_at[sources] < 0) & (weights > best_weight[sources])  # an equal one was offered first
-        best_weight[sources[better]] = weights[better]
-        best_edge[sources[better]] = pair_edge[pairs][better]
+        better = weights > bound[sources]  # an equal one was offered first
+        sources = sources[better]
+        best_weight[sources] = bound[sources] = weights[better]
+        best_edge[sources] = pair_edge[pairs][better]
         node = int(best_weight.argmax())
         if best_weight[node] == -np.inf:
             break
-        equals = np.flatnonzero(best_weight == best_weight[node])
-        if len(equals) > 1:  # the edge that was offered first
+        equal = best_weight == best_weight[node]
+        if np.count_nonzero(equal) > 1:  # the edge that was offered first
+            equals = np.flatnonzero(equal)
             offered = best_edge[equals]
             node = int(equals[np.lexsort((offered, reached_at[target[offered]]))[0]])
         reaching_edge.append(best_edge[node])
         step += 1
 
-    offered_at = reached_at[target]
-    priority = np.empty(len(weight), dtype=np.int64)  # 0 is popped first if all are on offer
-    priority[np.lexsort((offered_at, -weight))] = np.arange(len(weight))
+    step_type = np.min_scalar_type(edges.n_nodes)  # stable sorts of small numbers take a fraction of the time
+    offered_at = reached_at[target].astype(step_type)
+    popped = np.argsort(offered_at, kind="stable")  # which are popped first if all are on offer
+    popped = popped[np.argsort(-weight[popped], kind="stable")]
+    priority = np.empty(len(weight), dtype=np.int64)
+    priority[popped] = np.arange(len(weight))
     # an edge is popped between the events j and j + 1 for the first j since its offer
     # at which the edge that reaches node j + 1 does not go before it
     limit = np.append(priority[np.array(reaching_edge, dtype=np.int64)], len(weight))
-    event = _first_at_least(limit, offered_at, priority)
-    return np.argsort(event * np.int64(len(weight)) + priority, kind="stable")
+    event = _first_at_least(limit, offered_at.astype(np.int64), priority)
+    return popped[np.argsort(event[popped].astype(step_type), kind="stable")]
 
 
 def _first_at_least(values: np.ndarray, start: np.ndarray, bound: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ from functools import cached_property, lru_cache, wraps
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from tracedensity.graph import Graph
@@ -36,6 +36,11 @@ class Groups:
         """The cell of each edge, kind after kind."""
         return self.laid_out(self.cell)
 
+    @cached_property
+    def _empty(self) -> Bool[Tensor, " cell"]:
+        """Which cells have no edges."""
+        return ~torch.isin(torch.arange(len(self.rows) * len(self.columns)), self.of_edges)
+
     def laid_out(self, values: Mapping[str, Tensor]) -> Shaped[Tensor, " edge"]:
         """Values of edges, kind after kind, without the entries of tensors that are no edges."""
         return torch.cat([values[kind].cpu()[exists] for kind, exists in self.graph.exists.items()])
@@ -61,8 +66,7 @@ class Groups:
         # what belongs to no cell has one behind all others
         table = torch.full((n_cells + 1,), start, dtype=torch.float64)
         table.scatter_reduce_(0, torch.where(cell < 0, n_cells, cell), value, how)
-        empty = ~torch.isin(torch.arange(n_cells), cell)
-        return table[:-1].masked_fill(empty, torch.nan).view(len(self.rows), len(self.columns))
+        return table[:-1].masked_fill(self._empty, torch.nan).view(len(self.rows), len(self.columns))
 
 
 def _made_once(make: Callable[[Any], Groups]) -> Callable[[Graph], Groups]:
