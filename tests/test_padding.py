@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import tracedensity as td
+from tracedensity.faithfulness import METRICS
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8, 9, 7, 2]]
 WITH_BOS = [[1, *prompt] for prompt in PROMPTS]
@@ -60,6 +61,23 @@ def test_scores_and_curves_of_the_component_graph_are_means_over_the_prompts_alo
     ]
     assert_same(curves[0], curves[1])
     assert_same(curves[0], curves[2])
+
+
+def test_whatever_is_measured_is_that_of_the_prompts_alone(tiny_gpt2):
+    def first_logit(logits, examples):
+        return logits[:, 0] - examples.clean_logits[:, 1]
+
+    prompts = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3]]
+    also = (*METRICS, first_logit)
+    for curve, prompt in zip(td.density(tiny_gpt2, prompts, also=also), prompts, strict=True):
+        alone = td.density(tiny_gpt2, prompt, also=also)
+        assert_same(curve, alone)
+        assert curve.also.keys() == alone.also.keys() == {*METRICS, "first_logit"}
+        for name, values in alone.also.items():
+            torch.testing.assert_close(curve.also[name], values, rtol=1e-4, atol=1e-4)
+        found = td.evaluate(tiny_gpt2, prompt, curve.ranking, metrics=also, sizes=curve.sizes)
+        for name, values in found.metrics.items():
+            torch.testing.assert_close(curve.also[name], values, rtol=1e-4, atol=1e-4)
 
 
 def test_one_padded_prompt_is_one_curve(tiny_gpt2):
