@@ -20,6 +20,9 @@ LENGTHS = (8, 16, 32, 64)
 THRESHOLDS = (0.5, 0.8, 0.9)
 """Faithfulnesses at which sizes are taken."""
 
+TARGET = THRESHOLDS[-1]
+"""The one that findings are about where they are about one."""
+
 ASSETS = Path(td.__file__).parent / "assets"
 
 TRAINED = ("books-gpt2", "books-llama", "stories260K")

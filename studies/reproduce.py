@@ -17,7 +17,7 @@ import torch
 import typer
 
 import tracedensity as td
-from studies.corpora import NULL, THRESHOLDS, WORDS, Places, of_checkpoints, run, studies
+from studies.corpora import NULL, TARGET, WORDS, Places, of_checkpoints, run, studies
 from studies.findings import FINDINGS, Finding, Sweeps
 from studies.findings.dense import DENSE, SPARSE
 from studies.findings.dynamic import RANGE
@@ -117,7 +117,7 @@ def written(found: Mapping[str, Finding], about: Mapping[str, object]) -> str:
     """The page."""
     said: dict[str, object] = {
         **about, "words": WORDS, "null": NULL, "dense": f"{DENSE:.0%}", "sparse": f"{SPARSE:.0%}",
-        "range": RANGE, "nearer": NEARER, "threshold": f"{THRESHOLDS[-1]:g}", "ceiling": f"{CEILING:.0%}",
+        "range": RANGE, "nearer": NEARER, "threshold": f"{TARGET:g}", "ceiling": f"{CEILING:.0%}",
         "papers": PAPERS,
     }  # fmt: skip
     for letter, each in found.items():

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from studies.corpora import NULL, THRESHOLDS
+from studies.corpora import NULL, TARGET, THRESHOLDS
 from studies.findings.answer import (
     HUES,
     Estimate,
@@ -26,7 +26,6 @@ from tracedensity.plot.theme import finished
 DENSE, SPARSE = 0.5, 0.1
 """Shares of all edges above which a prediction is called dense, and below which sparse."""
 
-TARGET = THRESHOLDS[-1]
 _APART = 0.012  # of faithfulness, so that bars at one threshold do not hide each other
 
 

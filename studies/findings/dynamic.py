@@ -6,7 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float, Int
 
-from studies.corpora import NULL, THRESHOLDS
+from studies.corpora import NULL, TARGET, THRESHOLDS
 from studies.findings.answer import (
     HUES,
     Finding,
@@ -27,8 +27,6 @@ from tracedensity.study.statistics import codes
 
 RANGE = 3
 """Sizes of the 90th over that of the 10th percentile from which density is called dynamic."""
-
-_TARGET = THRESHOLDS[-1]
 
 
 def find(sweeps: Sweeps) -> Finding:
@@ -62,7 +60,7 @@ def find(sweeps: Sweeps) -> Finding:
             "between articles": f"{max(intraclass(area, codes(known['document'].to_numpy())), 0):.0%}",
             "contexts (other scoring)": f"{len(known)} ({len(both[0])})",
         })  # fmt: skip
-        share = np.sort(10 ** outcome_of(known, "fraction", _TARGET))
+        share = np.sort(10 ** outcome_of(known, "fraction", TARGET))
         figure.add_scatter(
             x=share, y=(np.arange(len(share)) + 0.5) / len(share), name=model, mode="lines",
             line={"color": HUES[model], "dash": "dot" if model == NULL else "solid"},
@@ -70,7 +68,7 @@ def find(sweeps: Sweeps) -> Finding:
         asked.setdefault("beyond noise by halves", {})[model] = upper[1] > 0.5
         asked.setdefault("beyond noise by another scoring", {})[model] = lower[1] > 0.5
     finished(
-        figure, f"What contexts need for {_TARGET:.0%} faithfulness", ["WikiText", "published estimator"],
+        figure, f"What contexts need for {TARGET:.0%} faithfulness", ["WikiText", "published estimator"],
         plot_height=300,
     )  # fmt: skip
     figure.update_xaxes(title="share of all edges", **shares())
@@ -92,7 +90,7 @@ def ratio_given_length(both: Float[np.ndarray, "row 2"]) -> float:
 
 def _most(known: Any) -> float:
     """The largest ratio that is possible: of all edges to those of the 10th percentile."""
-    return float(10 ** -np.quantile(outcome_of(unique_prompts(known), "fraction", _TARGET), 0.1))
+    return float(10 ** -np.quantile(outcome_of(unique_prompts(known), "fraction", TARGET), 0.1))
 
 
 def intraclass(values: Float[np.ndarray, " row"], group: Int[np.ndarray, " row"]) -> float:

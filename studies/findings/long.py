@@ -6,7 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 import tracedensity as td
-from studies.corpora import NULL, THRESHOLDS
+from studies.corpora import NULL, TARGET, THRESHOLDS
 from studies.findings.answer import (
     HUES,
     PERMUTATIONS,
@@ -39,7 +39,7 @@ def find(sweeps: Sweeps) -> Finding:
         nested = sweeps.rows(model, kind="nested")
         for threshold in THRESHOLDS:
             # areas have no threshold
-            outcomes = [*SIZES, *(_AREAS if threshold == THRESHOLDS[-1] else [])]
+            outcomes = [*SIZES, *(_AREAS if threshold == TARGET else [])]
             found[model, threshold] = td.study.lengths(
                 nested, outcomes=outcomes, threshold=threshold, n_bootstrap=sweeps.n_draws
             )
@@ -87,7 +87,7 @@ def _figure(found: dict[tuple[str, float], Any]) -> go.Figure:
     names = [*_AREAS, *SIZES]
     models = list(dict.fromkeys(model for model, _ in found))
     for number, model in enumerate(models):
-        for threshold, symbol in ((THRESHOLDS[0], "circle-open"), (THRESHOLDS[-1], "circle")):
+        for threshold, symbol in ((THRESHOLDS[0], "circle-open"), (TARGET, "circle")):
             table: Any = found[model, threshold].table.set_index("outcome")
             known = [name for name in names if name in table.index]
             mean, low, high = (table.loc[known, column].to_numpy(float) for column in ("slope", "low", "high"))

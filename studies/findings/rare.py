@@ -3,7 +3,7 @@
 from typing import Any
 
 import tracedensity as td
-from studies.corpora import NULL, THRESHOLDS
+from studies.corpora import NULL, TARGET
 from studies.findings.answer import (
     PERMUTATIONS,
     SIGNIFICANT,
@@ -24,7 +24,7 @@ _RARITIES = {
     "entropy": "entropy",
 }  # fmt: skip
 _PERMUTATIONS = 3 * PERMUTATIONS  # for so many tests
-_OUTCOMES = {"area": "area", "fraction": f"share at {THRESHOLDS[-1]:g}"}
+_OUTCOMES = {"area": "area", "fraction": f"share at {TARGET:g}"}
 
 
 def find(sweeps: Sweeps) -> Finding:
@@ -36,7 +36,7 @@ def find(sweeps: Sweeps) -> Finding:
     for model in sweeps.models:
         for corpus in ("wikitext", "books"):
             found[model, corpus] = td.study.factors(
-                sweeps.rows(model, corpus), outcomes=[*_OUTCOMES], threshold=THRESHOLDS[-1],
+                sweeps.rows(model, corpus), outcomes=[*_OUTCOMES], threshold=TARGET,
                 n_bootstrap=sweeps.n_draws, n_permutations=_PERMUTATIONS,
             )  # fmt: skip
     for (model, corpus), table in corrected(found, ("p", "partial_p"), _PERMUTATIONS).items():
