@@ -2,12 +2,13 @@
 
     python -m benchmarks.sweep [--models NAMES] [--no-ray] [--no-memory]
 
-Prompts are pieces of this repository's documentation, all equally long. The loop and the sweep run the same prompts
-with the same options, and both measure what the tables of a sweep hold beside faithfulness (`also`). The loop has as
-many threads of PyTorch as there are cores, the sweep as many processes of one thread; one worker is the process that
-runs the loop. They take turns, since machines that are shared change their speed, and have been at work before their
-time is taken: what processes take to start is the same for a million. Ray (extra `ray`), whose actors start anew for
-each sweep, runs all prompts once, less the time of one part. Memory is the peak of a process of its own.
+Prompts are pieces of this repository's documentation, all equally long. Loops and sweeps run the same prompts with the
+same options. There are two loops: one of nothing but `td.density`, and one that measures what the tables of a sweep
+hold beside faithfulness as well (`also`). They have as many threads of PyTorch as there are cores, a sweep as many
+processes of one thread; one worker is the process that runs the loops. All take turns, since machines that are shared
+change their speed, and have been at work before their time is taken: what processes take to start is the same for a
+million. Ray (extra `ray`), whose actors start anew for each sweep, runs all prompts once, less the time of one part.
+Memory is the peak of a process of its own.
 """
 
 import os
@@ -29,7 +30,9 @@ from tracedensity.model import as_transformer
 from tracedensity.study.table import ALSO
 
 ROOT = Path(__file__).parents[1]
+LOOPS = {"loop of td.density": (), "loop with also=": ALSO}
 _PART = 32
+_GROWTH = 1.05
 _TOLERANCE = 1e-5
 
 
@@ -46,7 +49,7 @@ class Rounds:
     """The loop and sweeps of one model, in turn and each of the same prompts: machines that are shared change speed.
 
     Attributes:
-        seconds: What each has taken, by what it is; the loop is "loop".
+        seconds: What each has taken, by what it is; loops are `LOOPS`.
         n_prompts: How many prompts it has run.
         apart: The largest difference of a sweep's faithfulness from the loop's.
         same: Whether sizes were the same.
@@ -63,12 +66,14 @@ class Rounds:
         """Prompts per second."""
         return self.n_prompts[what] / self.seconds[what]
 
-    def loop(self, prompts: list[list[int]]) -> list[td.DensityCurve]:
+    def loops(self, prompts: list[list[int]]) -> list[td.DensityCurve]:
         """Curves of prompts, one after another."""
         torch.set_num_threads(os.cpu_count() or 1)
-        begun = time.perf_counter()
-        curves = [td.density(self.model, prompt, also=ALSO, **self.options) for prompt in prompts]
-        self._count("loop", time.perf_counter() - begun, len(prompts))
+        curves: list[td.DensityCurve] = []
+        for what, also in LOOPS.items():
+            begun = time.perf_counter()
+            curves = [td.density(self.model, prompt, also=also, **self.options) for prompt in prompts]
+            self._count(what, time.perf_counter() - begun, len(prompts))
         return curves
 
     def sweep(self, prompts: list[list[int]], engine: str, workers: int, curves: list[td.DensityCurve]) -> None:
@@ -100,8 +105,9 @@ class Rounds:
         for workers in dict.fromkeys((1, cores)):
             rate = self.rate((engine, workers))
             shown = f"{engine}, {workers} worker{'s' * (workers > 1)}"
+            plain, full = (rate / self.rate(loop) for loop in LOOPS)
             print(
-                f"  sweep, {shown:18} {rate:6.2f} prompts per second, {rate / self.rate('loop'):.2f} x the loop, "
+                f"  sweep, {shown:18} {rate:6.2f} prompts per second, {plain:.2f} and {full:.2f} x the loops, "
                 f"{1e6 / rate * workers / 3600:.0f} core hours for a million"
             )
         gain = self.rate((engine, cores)) / self.rate((engine, 1))
@@ -144,24 +150,26 @@ def main(
     if ray and find_spec("ray") is None:
         print("Ray is left out: it is not installed")
         ray = False
-    all_same = True
+    all_same = flat = True
     print(f"torch {torch.__version__}, {cores} cores, {rounds} rounds of {n} prompts of {tokens} tokens")
     for name in models.split(","):
         found = Rounds(name, {"baselines": baselines})
         prompts = prompts_of(found.model, tokens, n * rounds)
         for workers in (1, cores):
             found.sweep(prompts[: _PART * cores], "local", workers, [])
-        found.loop(prompts[:1])
+        found.loops(prompts[:1])
         found.restart()
         for start in range(0, n * rounds, n):
             some = prompts[start : start + n]
-            curves = found.loop(some[:n_loop])
+            curves = found.loops(some[:n_loop])
             for workers in (1, cores):
                 found.sweep(some, "local", workers, curves)
-        print(f"\n{name}\n  loop of td.density        {found.rate('loop'):6.2f} prompts per second")
+        print(f"\n{name}")
+        for loop in LOOPS:
+            print(f"  {loop:25} {found.rate(loop):6.2f} prompts per second")
         found.show("local", cores)
         if ray:
-            curves = found.loop(prompts[:n_loop])
+            curves = found.loops(prompts[:n_loop])
             for workers in (1, cores):
                 found.sweep(prompts, "ray", workers, curves)
             found.show("ray", cores)
@@ -170,6 +178,9 @@ def main(
         if memory:
             few, many = peak(name, 64, tokens), peak(name, 512, tokens)
             print(f"  peak memory of one process: {few} MiB for 64 prompts, {many} MiB for 512")
+            flat &= many <= _GROWTH * few
+    if not flat:
+        raise SystemExit("memory grows with the number of prompts")
     if not all_same:
         raise SystemExit("sweeps have not found what the loop has found")
 

@@ -1,5 +1,7 @@
 """Prompts of different lengths, padded on either side, with or without a first token, are the prompts alone."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -63,16 +65,24 @@ def test_scores_and_curves_of_the_component_graph_are_means_over_the_prompts_alo
     assert_same(curves[0], curves[2])
 
 
-def test_whatever_is_measured_is_that_of_the_prompts_alone(tiny_gpt2):
+def test_whatever_is_measured_is_that_of_the_prompts_alone(tiny_gpt2, monkeypatch):
     def first_logit(logits, examples):
-        return logits[:, 0] - examples.clean_logits[:, 1]
+        return logits[:, 0].double() - examples.clean_logits[:, 1]
 
+    @dataclass
+    class Chosen:  # has no hash
+        token: int
+
+        def __call__(self, logits, examples):
+            return logits[:, self.token]
+
+    monkeypatch.setattr("tracedensity.gauge._AT_ONCE", 7 * tiny_gpt2.cfg.d_vocab)
     prompts = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3]]
-    also = (*METRICS, first_logit)
+    also = (*METRICS, first_logit, Chosen(2))
     for curve, prompt in zip(td.density(tiny_gpt2, prompts, also=also), prompts, strict=True):
         alone = td.density(tiny_gpt2, prompt, also=also)
         assert_same(curve, alone)
-        assert curve.also.keys() == alone.also.keys() == {*METRICS, "first_logit"}
+        assert curve.also.keys() == alone.also.keys() == {*METRICS, "first_logit", "Chosen"}
         for name, values in alone.also.items():
             torch.testing.assert_close(curve.also[name], values, rtol=1e-4, atol=1e-4)
         found = td.evaluate(tiny_gpt2, prompt, curve.ranking, metrics=also, sizes=curve.sizes)

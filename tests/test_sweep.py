@@ -1,5 +1,6 @@
 """Sweeps: their rows are what `td.density` gives, and however a run ends, nothing is lost and nothing doubled."""
 
+import gc
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from copy import deepcopy
@@ -33,8 +35,8 @@ from tracedensity.study.contexts import Context
 from tracedensity.study.covariates import unique_prompts
 from tracedensity.study.folder import Folder
 from tracedensity.study.sweep import _shard
-from tracedensity.study.table import TABLES
-from tracedensity.study.work import Part, Work, Worker, density_options, identity_of
+from tracedensity.study.table import TABLES, curve_rows
+from tracedensity.study.work import Done, Part, Work, Worker, density_options, identity_of
 
 VOCABULARY = 20  # of the tiny models
 OPTIONS: dict[str, Any] = {"part_size": 4, "thresholds": (0.5, 0.9), "progress": False}
@@ -556,6 +558,49 @@ def test_a_value_that_is_not_finite_is_the_error_of_its_prompt_only(tiny_gpt2, t
     assert "NaN" in table["error"][1] or "finite" in table["error"][1]
 
 
+def test_a_forward_pass_that_fails_is_the_error_of_its_prompt_only(tiny_gpt2, tmp_path):
+    """On a CPU, memory that is full is one RuntimeError among others; it may be so for batches and for long prompts."""
+
+    def full(value: torch.Tensor, hook: object) -> torch.Tensor:
+        if value.shape[1] > 5:
+            raise RuntimeError("can't allocate memory")
+        return value
+
+    prompts = [[1, 2, 3], [1, 2, 3, 4, 5, 6], [4, 5]]
+    with tiny_gpt2.hooks(fwd_hooks=[("hook_embed", full)]):
+        done = td.sweep(tiny_gpt2, prompts, tmp_path / "sweep", **OPTIONS)
+    assert done.table()["error"].fillna("").tolist() == ["", "can't allocate memory", ""]
+
+
+def test_rows_that_cannot_be_made_are_the_error_of_their_prompt(tiny_gpt2, tmp_path, monkeypatch):
+    def rows_of(curve: td.DensityCurve) -> Any:
+        if curve.provenance.token_ids == tuple(PROMPTS[1]):
+            raise ValueError("no rows")
+        return curve_rows(curve)
+
+    monkeypatch.setattr("tracedensity.study.work.curve_rows", rows_of)
+    done = td.sweep(tiny_gpt2, PROMPTS[:3], tmp_path / "sweep", **OPTIONS)
+    assert done.table()["error"].fillna("").tolist() == ["", "no rows", ""]
+    assert set(done.table("points")["index"]) == {0, 2}
+
+
+def test_what_comes_of_a_part_is_forgotten_when_it_is_written(tiny_gpt2, tmp_path, monkeypatch):
+    """So that memory does not grow with the number of prompts."""
+    made: list[weakref.ref[Done]] = []
+    usual = Worker.__call__
+
+    def done(self: Worker, part: Part) -> Done:
+        gc.collect()
+        assert sum(each() is not None for each in made) <= 1
+        found = usual(self, part)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(Worker, "__call__", done)
+    td.sweep(tiny_gpt2, drawn(40), tmp_path / "sweep", **OPTIONS)
+    assert len(made) == 10
+
+
 def test_curves_and_circuits_are_written_on_request(tiny_gpt2, tmp_path):
     out = tmp_path / "sweep"
     td.sweep(tiny_gpt2, PROMPTS[:3], out, curves=True, circuits=0.5, **OPTIONS)
@@ -586,18 +631,22 @@ def test_damaged_curves_and_circuits_are_made_anew(kind, damage, tiny_gpt2, tmp_
     assert files(out) == before
 
 
-def test_errors_of_the_machine_may_be_tried_again(tiny_gpt2, whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("out of memory"), RuntimeError("can't allocate memory"), MemoryError()]
+)
+def test_errors_of_the_machine_may_be_tried_again(error, tiny_gpt2, whole, tmp_path, monkeypatch):
     """Another program's memory runs out for one prompt; the next run, if it is told so, makes its part anew."""
     usual = Estimation.curve
 
     def short_of_memory(self: Estimation, tokens: torch.Tensor, *rest: Any) -> Any:
         if tokens.tolist() == PROMPTS[1]:
-            raise torch.OutOfMemoryError("out of memory")
+            raise error
         return (yield from usual(self, tokens, *rest))
 
     out = tmp_path / "sweep"
     monkeypatch.setattr(Estimation, "curve", short_of_memory)
-    assert td.sweep(tiny_gpt2, PROMPTS, out, **OPTIONS).n_errors == 1
+    done = td.sweep(tiny_gpt2, PROMPTS, out, **OPTIONS)
+    assert done.n_errors == 1 and done.table()["error"][1] == (str(error) or "MemoryError")
     monkeypatch.setattr(Estimation, "curve", usual)
     assert td.sweep(tiny_gpt2, PROMPTS, out, **OPTIONS).n_made == 0
     done = td.sweep(tiny_gpt2, PROMPTS, out, retry_errors=True, **OPTIONS)

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import update_wrapper
 
 import torch
 from jaxtyping import Float, Int
@@ -36,7 +35,7 @@ class Comparison:
 def _given(known: Callable[[Tensor], tuple[Tensor, ...]]) -> Callable[[Callable[..., Tensor]], Comparison]:
     def compared(measured: Callable[..., Tensor]) -> Comparison:
         comparison = Comparison(known, measured)
-        update_wrapper(comparison, measured)
+        comparison.__doc__ = measured.__doc__
         return comparison
 
     return compared

@@ -13,6 +13,9 @@ from tracedensity.metric import Metric, measure_circuits, named_metric
 from tracedensity.run import Conditions, run_masks
 from tracedensity.setting import Setting
 
+_AT_ONCE = 2**24
+"""Logits that are measured at a time, which takes up to ten times their memory."""
+
 
 @dataclass(frozen=True, eq=False)
 class Measuring:
@@ -55,16 +58,24 @@ def measured_together(
         owner: Which of them measures each row.
         logits: Predictions of circuits.
     """
+    n_rows = max(1, _AT_ONCE // logits.shape[1])
     found: dict[str, Tensor] = {}
     for name, metric in several[0].metrics.items():
         if isinstance(metric, str):
-            known = zip(*(each.known(metric, slice(None)) for each in several), strict=True)
-            found[name] = METRICS[metric].measured(logits, *(torch.cat(each)[owner] for each in known))
-            continue
-        found[name] = logits.new_empty(len(logits))
-        for number, each in enumerate(several):
-            own = owner == number
-            found[name][own] = measure_circuits(metric, logits[own][:, None], each.setting.examples)[:, 0]
+            of_each = [each.known(metric, slice(None)) for each in several]
+            known = [torch.cat(each) for each in zip(*of_each, strict=True)]
+            values = [
+                METRICS[metric].measured(some, *(each[whose] for each in known))
+                for some, whose in zip(logits.split(n_rows), owner.split(n_rows), strict=True)
+            ]
+            found[name] = torch.cat(values)
+        else:
+            rows = [(owner == number).nonzero()[:, 0] for number in range(len(several))]
+            values = [
+                measure_circuits(metric, logits[own][:, None], each.setting.examples)[:, 0]
+                for each, own in zip(several, rows, strict=True)
+            ]
+            found[name] = torch.cat(values)[torch.cat(rows).argsort()]
     return found
 
 

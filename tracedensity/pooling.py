@@ -20,8 +20,8 @@ from tracedensity.setting import rows_at_once
 
 T = TypeVar("T")
 
-FAILURES = (ValueError, torch.OutOfMemoryError)
-"""What a prompt may fail with, by itself."""
+FAILURES = (ValueError, RuntimeError, MemoryError)
+"""What a prompt may fail with, by itself; PyTorch has no other name for a CPU's memory that is full."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,8 +130,9 @@ def _answers(active: Sequence[tuple[object, Asked]]) -> list[Answer | Exception]
     for number, (_, asked) in enumerate(active):
         graph = asked.graph
         # whether a circuit is a complement, or keeps skip connections, may differ from row to row
-        model, metrics = id(asked.ground.setting.model), tuple(asked.ground.gauge.measure.metrics.items())
-        key = number if graph is None else (model, metrics, asked.conditions.attention, replace(graph, n_pos=1))
+        model, metrics = id(asked.ground.setting.model), asked.ground.gauge.measure.metrics
+        measured = tuple((name, each if isinstance(each, str) else id(each)) for name, each in metrics.items())
+        key = number if graph is None else (model, measured, asked.conditions.attention, replace(graph, n_pos=1))
         pools.setdefault(key, []).append(number)
     for numbers in pools.values():
         some = [active[number][1] for number in numbers]

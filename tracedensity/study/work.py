@@ -260,14 +260,17 @@ class Worker:
             }
             if (each := logits[place]) is not None:
                 own |= prediction_row(each, known.target, self.work.counts, self.model)
-            if isinstance(curve, DensityCurve):
-                found = curve_rows(curve)
+            try:
+                found, kept = (None, {}) if isinstance(curve, str) else (curve_rows(curve), self._kept(number, curve))
+            except FAILURES as error:
+                curve, found, kept = _sentence(error), None, {}
+            if found is None:
+                own["error"] = curve
+            else:
                 own |= found["prompts"][0]
                 for table in ("thresholds", "points"):
                     rows[table] += [{**keys, **row} for row in found[table]]
-                files |= self._kept(number, curve)
-            else:
-                own["error"] = curve
+                files |= kept
             rows["prompts"].append({**keys, **own})
         # the file of prompts comes last: where it is, the others are
         files |= {part.path(table): self._parquet(table, rows[table], part) for table in rows}
@@ -385,4 +388,8 @@ def _safely(asking: Asking[T]) -> Asking[T | str]:
     try:
         return (yield from asking)
     except FAILURES as error:
-        return str(error)
+        return _sentence(error)
+
+
+def _sentence(error: Exception) -> str:
+    return str(error) or type(error).__name__
