@@ -132,9 +132,9 @@ def studies(n: int) -> list[Study]:
         found.append(Study(model, corpus, kind, limit, {**each, **options}))
 
     for model in (*TRAINED, NULL):
-        add(model, "wikitext", "norm", n, **words)
-        add(model, "books", "norm", n, **words, **no_baselines)
-        add(model, "wikitext", "flow", max(n // 3, 12), method="flow", **words, **no_baselines)
+        for corpus in DOCUMENTS:
+            add(model, corpus, "norm", n, **words)
+            add(model, corpus, "flow", max(n // 3, 12), method="flow", **words, **no_baselines)
         add(model, "wikitext", "nested", max(n, 48), context_tokens=LENGTHS, **no_baselines)
         if model != NULL:
             searched = {"method": "best", "refine": True, "part_size": 4}  # each takes seconds

@@ -121,7 +121,7 @@ def written(found: Mapping[str, Finding], about: Mapping[str, object]) -> str:
         "papers": PAPERS,
     }  # fmt: skip
     for letter, each in found.items():
-        said |= {f"{letter}_verdict": each.verdict, f"{letter}_table": each.table}
+        said |= {f"{letter}_verdict": each.verdict, f"{letter}_details": each.details, f"{letter}_table": each.table}
         said |= {f"{letter}_{name}": text for name, text in each.also.items()}
     return Template((ROOT / "studies" / "page.md").read_text(encoding="utf-8")).substitute(said)
 

@@ -18,20 +18,31 @@ from statsmodels.stats.anova import anova_lm
 import tracedensity as td
 from studies.corpora import ASSETS, LENGTHS, NULL, TRAINED, Places, shuffle, studies
 from studies.findings import FINDINGS, Finding, Sweeps, dense, phases
-from studies.findings.answer import verdict_of
+from studies.findings.answer import details_of, verdict_of
 from studies.findings.dynamic import intraclass, ratio_given_length
 from studies.reproduce import ROOT, draw, written
 
 
-def test_verdicts_say_where_a_rule_holds():
-    yes, no = {"a": True, "b": True}, {"a": False, "b": False}
+def test_verdicts_say_what_holds_everywhere_and_where_all_of_it_does():
+    yes, no, some = {"a": True, "b": True}, {"a": False, "b": False}, {"a": False, "b": True}
     assert verdict_of({"x": yes, "y": {"a": True}}) == "Reproduced"
     assert verdict_of({"x": no, "y": {"a": False}}) == "Not reproduced"
-    some = {"a": False, "b": True, "c": False}
-    assert verdict_of({"x": yes, "y": some, "z": no}) == "It depends (yes: x; only for b: y; no: z)"
-    assert verdict_of({"x": {**yes, "c": False}}) == "It depends (yes, but for c: x)"
+    assert verdict_of({"x": yes, "y": some, "z": no}) == "It depends: everywhere x; nowhere z"
+    assert verdict_of({"x": yes, "y": some}) == "It depends: everywhere x; all of it b"
+    assert verdict_of({"x": {**yes, "c": False}}) == "It depends: all of it a, b"
+    # a few that are so make no rule
+    many = {str(number): number in (0, 1) for number in range(12)}
+    assert verdict_of({"x": many, "y": {**many, "0": False, "1": False, "2": True}}) == "Not reproduced"
+
+
+def test_details_say_where_each_thing_holds():
+    yes, no, some = {"a": True, "b": True}, {"a": False, "b": False}, {"a": False, "b": True, "c": False}
     many = {str(number): number == 0 for number in range(12)}
-    assert verdict_of({"x": many}) == "It depends (in 1 of 12: x)"
+    holds = {"x": yes, "y": some, "z": no, "u": {**yes, "c": False}, "v": many, "w": no}
+    assert details_of(holds, {"x": {"n": False}, "y": {"n": True}}).splitlines() == [
+        "* yes: x", "* only for b: y", "* no: z, w", "* yes, but for c: u", "* in 1 of 12: v",
+        "* with shuffled weights as well: y",
+    ]  # fmt: skip
 
 
 def test_a_ratio_given_length_leaves_out_what_length_makes():
@@ -116,8 +127,8 @@ def test_every_model_is_swept_for_every_question(tmp_path: Path):
     assert len({study.name for study in found}) == len(found)
     for model in TRAINED:
         kinds = {(study.corpus, study.kind) for study in found if study.model == model}
-        assert kinds == {("wikitext", "norm"), ("books", "norm"), ("wikitext", "flow"), ("wikitext", "nested"),
-                         ("wikitext", "tight")}  # fmt: skip
+        both = {(corpus, kind) for corpus in ("wikitext", "books") for kind in ("norm", "flow")}
+        assert kinds == both | {("wikitext", "nested"), ("wikitext", "tight")}
     assert all(study.limit >= 1000 for study in found if study.kind == "norm")
     assert all(study.limit % len(LENGTHS) == 0 for study in found if study.kind == "nested")
     places = Places(tmp_path, tmp_path, tmp_path)
@@ -172,7 +183,7 @@ def planted_sweeps(folder: Path, *, rarity: float, shared: float, slope: float) 
 
     for number, model in enumerate((*TRAINED, NULL)):
         cause = of(rarity, shared) if model != NULL else of(0, 0)
-        kinds = {"wikitext-norm": 0, "wikitext-flow": 0, "books-norm": 9, "wikitext-tight": 0}
+        kinds = {"wikitext-norm": 0, "wikitext-flow": 0, "books-norm": 9, "books-flow": 9, "wikitext-tight": 0}
         for kind, text_seed in kinds.items():
             seed = 10 * number + (text_seed if text_seed else 0)
             shape = curve
@@ -207,44 +218,42 @@ def test_verdicts_are_those_of_what_was_planted(answers):
         else f"Reproduced: published dense; tight (of {N} contexts) dense"
     )
     assert verdicts["g"] == "The area, from checkpoint to checkpoint: no clear change, up"
+    control = {letter: each.details.partition("* with shuffled weights as well: ")[2] for letter, each in found.items()}
     if planted_there:
-        assert verdicts["b"] == (
-            "Reproduced; with shuffled weights as well: sizes differ at 0.5, sizes differ at 0.8, "
-            "beyond noise by halves"
-        )
+        assert verdicts["b"] == verdicts["f"] == "Reproduced"
+        assert control["b"] == "sizes differ at 0.5, sizes differ at 0.8, beyond noise by halves"
         # the planted points of all models are shallow
-        assert verdicts["f"] == "Reproduced; with shuffled weights as well: small circuits nearer to the frequencies"
+        assert control["f"] == "small circuits nearer to the frequencies"
         assert verdicts["c"].startswith("Reproduced; ")
         assert verdicts["d"] == (
-            "It depends (yes: rarity of the target, rarity of the target given entropy; no: rarity of the prediction, "
-            "rarity of the prediction given entropy, expected rarity, expected rarity given entropy)"
+            "It depends: everywhere rarity of the target, rarity of the target given entropy; nowhere rarity of the "
+            "prediction, rarity of the prediction given entropy, expected rarity, expected rarity given entropy"
         )
         # of twenty components that enter anywhere, few are in small circuits: chance says in how many of the sweeps
-        assert re.fullmatch(
-            r"It depends \(yes: fraction, size, per token, later fraction, area, area of one edge or more; "
-            r"(yes, but for [^:;]+|in \d of 9): component share\); with shuffled weights as well: per token",
-            verdicts["e"],
-        )
+        fall = "fraction, size, per token, later fraction, area, area of one edge or more"
+        assert re.match(rf"It depends: everywhere {fall}(; all of it |$)", verdicts["e"])
+        assert re.match(rf"\* yes: {fall}\n\* (yes, but for [^:;]+|in \d of 9): component share\n", found["e"].details)
+        assert control["e"] == "per token"
     else:
         assert verdicts["d"] == verdicts["f"] == "Not reproduced"
         assert verdicts["c"].startswith("Not reproduced; ")
         # what stays as it is, is less per token
         assert verdicts["e"] == (
-            "It depends (no: fraction, size, component share, later fraction, area, area of one edge or more; "
-            "yes: per token); with shuffled weights as well: per token"
+            "It depends: everywhere per token; nowhere fraction, size, component share, later fraction, area, area of "
+            "one edge or more"
         )
         # sizes of contexts are a normal's, of deviation 0.15 in log10, and both scorings find the same
+        noise = "beyond noise by halves, beyond noise by another scoring"
         assert verdicts["b"] == (
-            "It depends (no: sizes differ at 0.5, sizes differ at 0.8, sizes differ at 0.9; "
-            "yes: beyond noise by halves, beyond noise by another scoring)"
-            "; with shuffled weights as well: beyond noise by halves, beyond noise by another scoring"
+            f"It depends: everywhere {noise}; nowhere sizes differ at 0.5, sizes differ at 0.8, sizes differ at 0.9"
         )
+        assert control["b"] == noise and control["e"] == "per token"
 
 
 def test_tables_have_a_row_for_each_sweep_and_no_unknown_number(answers):
     _, found = answers
     rows = {letter: each.table.splitlines()[2:] for letter, each in found.items()}
-    assert [len(rows[letter]) for letter in "abcdefg"] == [11, 4, 12, 16, 12, 8, 3]
+    assert [len(rows[letter]) for letter in "abcdefg"] == [11, 8, 12, 16, 12, 8, 3]
     assert len(found["e"].also["areas"].splitlines()) == 2 + 4
     for each in found.values():
         assert "nan" not in each.table.lower() and all(len(figure.data) for figure in each.figures.values())
@@ -261,4 +270,4 @@ def test_the_page_asks_for_what_is_found(answers, tmp_path: Path, monkeypatch):
     shown = set(re.findall(r"\(images/(finding[^)]+)\)", page))
     assert shown == {path.name for path in images.iterdir()}
     for each in answers[1].values():
-        assert each.verdict in page and each.table in page
+        assert each.verdict in page and each.details in page and each.table in page

@@ -1,7 +1,7 @@
 """What answers are made of: the tables of all sweeps, intervals, verdicts and the page's tables."""
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,16 +40,18 @@ class Finding:
     """An answer.
 
     Attributes:
-        verdict: What the rule says.
+        verdict: What the rule says, in a line.
+        details: Of which sweeps each thing that was asked is so, as Markdown.
         table: The numbers, as Markdown.
         figures: By what they are of; the main one by nothing.
         also: Other numbers that the page asks for, by name.
     """
 
     verdict: str
+    details: str
     table: str
     figures: Mapping[str, go.Figure]
-    also: Mapping[str, str]
+    also: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,26 +103,43 @@ def of_sweep(model: str, corpus: str) -> str:
 
 
 def word_of(holds: Holds) -> str:
-    """The verdict in a word or two."""
-    every = [each for where in holds.values() for each in where.values()]
-    return "Reproduced" if all(every) else "It depends" if any(every) else "Not reproduced"
+    """The verdict in a word or two.
+
+    It depends, where something that was asked is so of all sweeps, or all that was asked is so of some sweep.
+    """
+    everywhere, _, whole = _sorted(holds)
+    if len(everywhere) == len(holds):
+        return "Reproduced"
+    return "It depends" if everywhere or whole else "Not reproduced"
 
 
 def verdict_of(holds: Holds) -> str:
-    """From what was asked, and of which sweeps it is so."""
+    """The same, and what it depends on."""
     word = word_of(holds)
     if word != "It depends":
         return word
+    everywhere, nowhere, whole = _sorted(holds)
+    said = {"everywhere": everywhere, "nowhere": nowhere, "all of it": whole}
+    return f"{word}: " + "; ".join(f"{where} {', '.join(names)}" for where, names in said.items() if names)
+
+
+def details_of(holds: Holds, untrained: Holds) -> str:
+    """Of which sweeps each thing that was asked is so; and what is so of the null control, made by no training."""
     kinds: dict[str, list[str]] = {}
     for name, where in holds.items():
         kinds.setdefault(_where(where), []).append(name)
-    return f"{word} (" + "; ".join(f"{where}: {', '.join(names)}" for where, names in kinds.items()) + ")"
+    if control := _sorted(untrained)[0]:
+        kinds[f"with {NULL} weights as well"] = control
+    return "\n".join(f"* {where}: {', '.join(names)}" for where, names in kinds.items())
 
 
-def also_null(holds: Holds) -> str:
-    """What is so of the null control as well, so that training has not made it."""
-    names = [name for name, where in holds.items() if all(where.values())]
-    return f"; with {NULL} weights as well: {', '.join(names)}" if names else ""
+def _sorted(holds: Holds) -> tuple[list[str], list[str], list[str]]:
+    """What is so of all sweeps, what of none, and the sweeps of which everything is so that was asked of them."""
+    everywhere = [name for name, where in holds.items() if all(where.values())]
+    nowhere = [name for name, where in holds.items() if not any(where.values())]
+    sweeps = dict.fromkeys(sweep for where in holds.values() for sweep in where)
+    whole = [sweep for sweep in sweeps if all(where.get(sweep, True) for where in holds.values())]
+    return everywhere, nowhere, whole
 
 
 def _where(where: Mapping[str, bool]) -> str:

@@ -82,7 +82,7 @@ def find(sweeps: Sweeps) -> Finding:
         "entropy": each_of(sweeps.models, lambda model: f"{sweeps.rows(model)['entropy'].median():.2f}"),
         "null": each_of(sweeps.models, lambda model: _gain(sweeps, model)),
     }
-    return Finding(f"{word_of(holds)}: {kinds}", table_of(rows), {"": figure}, also)
+    return Finding(f"{word_of(holds)}: {kinds}", "", table_of(rows), {"": figure}, also)
 
 
 def _said(words: dict[str, dict[str, str]]) -> str:

@@ -1,5 +1,6 @@
 """(b) Is density dynamic: does it differ between inputs by more than its measurement's noise?"""
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ from studies.findings.answer import (
     Holds,
     Row,
     Sweeps,
-    also_null,
     as_number,
+    details_of,
     each_of,
+    of_sweep,
     shares,
     table_of,
     verdict_of,
@@ -35,17 +37,17 @@ def find(sweeps: Sweeps) -> Finding:
     holds: Holds = {}
     untrained: Holds = {}
     figure = go.Figure()
-    for model in sweeps.models:
-        known = unique_prompts(sweeps.rows(model))
-        other = unique_prompts(sweeps.rows(model, kind="flow"))
-        row: Row = {"model": model}
-        asked = untrained if model == NULL else holds
+    for model, corpus in product(sweeps.models, ("wikitext", "books")):
+        known = unique_prompts(sweeps.rows(model, corpus))
+        other = unique_prompts(sweeps.rows(model, corpus, "flow"))
+        row: Row = {"model": model, "text": corpus}
+        where, asked = of_sweep(model, corpus), untrained if model == NULL else holds
         for threshold in THRESHOLDS:
             size = outcome_of(known, "fraction", threshold)
             both = np.stack([size, np.log(known["n_tokens"].to_numpy(float))], axis=1)
             given = (ratio_given_length(both), *sweeps.interval(both, known["document"], ratio_given_length))
             row[f"90th / 10th at {threshold:g}"] = f"{_ratio(size):.1f}; given length {as_number(given, '.1f')}"
-            asked.setdefault(f"sizes differ at {threshold:g}", {})[model] = given[1] >= RANGE
+            asked.setdefault(f"sizes differ at {threshold:g}", {})[where] = given[1] >= RANGE
         halves = np.array([half_areas(*each) for each in zip(known["sizes"], known["faithfulness"], strict=True)])
         upper = sweeps.correlation(halves, known["document"])
         area = outcome_of(known, "area")
@@ -60,13 +62,15 @@ def find(sweeps: Sweeps) -> Finding:
             "between articles": f"{max(intraclass(area, codes(known['document'].to_numpy())), 0):.0%}",
             "contexts (other scoring)": f"{len(known)} ({len(both[0])})",
         })  # fmt: skip
+        asked.setdefault("beyond noise by halves", {})[where] = upper[1] > 0.5
+        asked.setdefault("beyond noise by another scoring", {})[where] = lower[1] > 0.5
+        if corpus != "wikitext":
+            continue
         share = np.sort(10 ** outcome_of(known, "fraction", TARGET))
         figure.add_scatter(
             x=share, y=(np.arange(len(share)) + 0.5) / len(share), name=model, mode="lines",
             line={"color": HUES[model], "dash": "dot" if model == NULL else "solid"},
         )  # fmt: skip
-        asked.setdefault("beyond noise by halves", {})[model] = upper[1] > 0.5
-        asked.setdefault("beyond noise by another scoring", {})[model] = lower[1] > 0.5
     finished(
         figure, f"What contexts need for {TARGET:.0%} faithfulness", ["WikiText", "published estimator"],
         plot_height=300,
@@ -74,7 +78,7 @@ def find(sweeps: Sweeps) -> Finding:
     figure.update_xaxes(title="share of all edges", **shares())
     figure.update_yaxes(title="share of contexts", tickformat=".0%")
     bound = each_of(sweeps.trained, lambda model: f"{_most(sweeps.rows(model)):.1f}")
-    return Finding(verdict_of(holds) + also_null(untrained), table_of(rows), {"": figure}, {"bound": bound})
+    return Finding(verdict_of(holds), details_of(holds, untrained), table_of(rows), {"": figure}, {"bound": bound})
 
 
 def _ratio(log_size: Float[np.ndarray, " row"]) -> float:

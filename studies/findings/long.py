@@ -14,8 +14,8 @@ from studies.findings.answer import (
     Holds,
     Row,
     Sweeps,
-    also_null,
     corrected,
+    details_of,
     star,
     table_of,
     verdict_of,
@@ -72,12 +72,10 @@ def find(sweeps: Sweeps) -> Finding:
                 holds.setdefault(name, {})[where] = falls
                 rises.setdefault(name, {})[where] = grows
         rows.append({**row, "targets": table["n"].to_numpy().max()})
-    verdict = verdict_of(holds)
+    verdict, also = verdict_of(holds), {"areas": table_of([*areas.values()])}
     if up := [name for name, each in rises.items() if all(each.values())]:
         verdict += f"; it rises everywhere by {', '.join(up)}"
-    return Finding(
-        verdict + also_null(untrained), table_of(rows), {"": _figure(found)}, {"areas": table_of([*areas.values()])}
-    )
+    return Finding(verdict, details_of(holds, untrained), table_of(rows), {"": _figure(found)}, also)
 
 
 def _figure(found: dict[tuple[str, float], Any]) -> go.Figure:

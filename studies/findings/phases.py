@@ -13,8 +13,8 @@ from studies.findings.answer import (
     Holds,
     Row,
     Sweeps,
-    also_null,
     as_number,
+    details_of,
     of_sweep,
     table_of,
     verdict_of,
@@ -57,7 +57,7 @@ def find(sweeps: Sweeps) -> Finding:
                 holds.setdefault(f"broken elsewhere than with {NULL} weights", {})[where] = bent and apart
                 figures = figures or {"": found.plot("phases"), "predictions": found.plot("prediction")}
             asked.setdefault("small circuits nearer to the frequencies", {})[where] = nearer[1] > NEARER
-    return Finding(verdict_of(holds) + also_null(untrained), table_of(rows), figures, {})
+    return Finding(verdict_of(holds), details_of(holds, untrained), table_of(rows), figures)
 
 
 def _pieces(each: Any) -> str:

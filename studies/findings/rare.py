@@ -11,8 +11,9 @@ from studies.findings.answer import (
     Holds,
     Row,
     Sweeps,
-    also_null,
+    as_number,
     corrected,
+    details_of,
     of_sweep,
     table_of,
     verdict_of,
@@ -48,13 +49,13 @@ def find(sweeps: Sweeps) -> Finding:
                 for kind, given in (("", ""), ("partial_", " given entropy")):
                     significant = each[f"{kind}p_holm"] < SIGNIFICANT
                     above, below = each[f"{kind}low"] > 0, each[f"{kind}high"] < 0
-                    said.append(f"{each[f'{kind}rho']:.2f}" + "*" * bool(significant and (above or below)))
+                    estimate = each[f"{kind}rho"], each[f"{kind}low"], each[f"{kind}high"]
+                    said.append(as_number(estimate) + "*" * bool(significant and (above or below)))
                     if covariate != "entropy":
                         where = f"{of_sweep(model, corpus)} by {called}"
                         asked = untrained if model == NULL else holds
                         asked.setdefault(f"{name}{given}", {})[where] = bool(significant and above)
-                row[name] = ", ".join(said)
+                row[name] = "<br>".join(said)
             rows.append({**row, "contexts": int(known["n"].max())})
-    return Finding(
-        verdict_of(holds) + also_null(untrained), table_of(rows), {"": next(iter(found.values())).plot("area")}, {}
-    )
+    figure = next(iter(found.values())).plot("area")
+    return Finding(verdict_of(holds), details_of(holds, untrained), table_of(rows), {"": figure})

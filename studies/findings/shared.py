@@ -9,9 +9,9 @@ from studies.findings.answer import (
     Holds,
     Row,
     Sweeps,
-    also_null,
     as_number,
     corrected,
+    details_of,
     table_of,
     verdict_of,
 )
@@ -26,13 +26,10 @@ def find(sweeps: Sweeps) -> Finding:
     """Correlations of areas between models, plain, given lengths, and given entropies and rarities too."""
     texts = ("wikitext", "books")
     tables = {corpus: {model: sweeps.rows(model, corpus) for model in sweeps.models} for corpus in texts}
-    others = {model: sweeps.rows(model, kind="flow") for model in sweeps.models}
-    found = {
-        corpus: td.study.compare(
-            tables[corpus], others=others if corpus == "wikitext" else {}, n_bootstrap=sweeps.n_draws
-        )
-        for corpus in texts
-    }
+    found = {}
+    for corpus in texts:
+        others = {model: sweeps.rows(model, corpus, "flow") for model in sweeps.models}
+        found[corpus] = td.study.compare(tables[corpus], others=others, n_bootstrap=sweeps.n_draws)
     tests = corrected(found, ("p", "length_p", "partial_p"), PERMUTATIONS)
     rows: list[Row] = []
     holds: Holds = {}
@@ -69,5 +66,5 @@ def find(sweeps: Sweeps) -> Finding:
         for row in each.families.to_dict("records")
     )
     average = sum(each.mean for each in trained.values()) / len(trained)
-    verdict = f"{verdict_of(holds)}; {average:.2f} on average (papers: {PAPERS}){also_null(untrained)}"
-    return Finding(verdict, table_of(rows), {"": found["wikitext"].plot()}, means)
+    verdict = f"{verdict_of(holds)}; {average:.2f} on average (papers: {PAPERS})"
+    return Finding(verdict, details_of(holds, untrained), table_of(rows), {"": found["wikitext"].plot()}, means)

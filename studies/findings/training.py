@@ -26,4 +26,4 @@ def find(sweeps: Sweeps) -> Finding:
             changes.append("up" if row["change"] > 0 else "down")
             changes[-1] = changes[-1] if row["p_holm"] < SIGNIFICANT else "no clear change"
     verdict = f"The area, from checkpoint to checkpoint: {', '.join(changes)}"
-    return Finding(verdict, table_of(rows), {"": found.plot()}, {})
+    return Finding(verdict, "", table_of(rows), {"": found.plot()})
