@@ -234,6 +234,17 @@ def test_while_a_part_grows_tables_are_about_the_same_prompts(tiny_gpt2, whole, 
     assert td.read_sweep(out, "points")["index"].unique().tolist() == [*range(6)]
 
 
+def test_rows_of_several_versions_are_spoken_of(tiny_gpt2, whole, tmp_path, monkeypatch, recwarn):
+    td.read_sweep(whole)
+    out = shutil.copytree(whole, tmp_path / "sweep")
+    (out / "prompts" / "part-00001.parquet").unlink()
+    monkeypatch.setattr(work, "versions", lambda: {"tracedensity": "99"})
+    assert not recwarn.list
+    td.sweep(tiny_gpt2, PROMPTS, out, **OPTIONS)
+    with pytest.warns(UserWarning, match=r"in other versions: torch .*; then tracedensity 99\."):
+        td.read_sweep(out)
+
+
 def test_rows_without_a_column_that_came_later_can_be_read(whole, tmp_path):
     out = tmp_path / "sweep"
     shutil.copytree(whole, out)
@@ -284,6 +295,7 @@ def test_a_killed_run_loses_the_part_in_flight_at_most(tiny_gpt2, whole, tmp_pat
 def test_several_processes_that_are_killed_lose_nothing(tmp_path):
     """The whole group gets a SIGKILL, or the process that writes alone, whose workers then end by themselves."""
     given = {"part_size": 2, "thresholds": (0.5,), "baselines": False, "progress": False}
+    given |= {"curves": True, "circuits": 0.5}  # whose files come before the rows
     prompts = [[0, *prompt] for prompt in drawn(24)]
     td.sweep("books-gpt2", prompts, tmp_path / "whole", workers=1, **given)
     expected, out, seen = files(tmp_path / "whole"), tmp_path / "killed", set[str]()
@@ -803,20 +815,22 @@ def test_a_worker_ends_with_what_started_it_even_where_nobody_has_buried_that():
 
 def test_two_workers_of_ray_write_what_one_process_writes(tmp_path):
     given = {"part_size": 3, "baselines": False, "progress": False, "thresholds": (0.5,)}
-    prompts = [[0, *prompt] for prompt in drawn(12)]
+    given |= {"curves": True, "circuits": 0.5}
+    prompts = [[10**6], *([0, *prompt] for prompt in drawn(11))]  # the first is no prompt
     td.sweep("books-gpt2", prompts, tmp_path / "here", workers=1, **given)
     # Ray stays as long as its process does, so it has one of its own
     script = (
         "import json, sys, tracedensity as td\n"
         "prompts, given = (json.loads(sys.argv[place]) for place in (1, 3))\n"
-        "done = td.sweep('books-gpt2', prompts, sys.argv[2], engine='ray', workers=2, **given)\n"
-        "print(done.n_made, done.n_errors)"
+        "for limit in (4, None):\n"
+        "    done = td.sweep('books-gpt2', prompts, sys.argv[2], engine='ray', workers=2, limit=limit, **given)\n"
+        "    print(done.n_made, done.n_errors)"
     )
     given_on = [json.dumps(prompts), str(tmp_path / "ray"), json.dumps(given)]
     command = [sys.executable, "-W", "ignore", "-c", script, *given_on]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["12", "0"]
+    assert done.stdout.split() == ["4", "1", "9", "0"]  # the second run makes what the first had not, and its last part
     assert files(tmp_path / "ray") == files(tmp_path / "here")
 
 

@@ -222,7 +222,9 @@ def read_part(path: Path, table: str, sweep: str) -> Any:
 
 
 def read_sweep(path: str | PathLike[str], table: TableName | str = "prompts") -> "pd.DataFrame":
-    """The rows that a sweep has written, in the order of its prompts. An alert says how many prompts are not there yet.
+    """The rows that a sweep has written, in the order of its prompts.
+
+    An alert says how many prompts are not there yet, and whether some were run with another version than the rest.
 
     Args:
         path: Its folder.
@@ -245,16 +247,18 @@ def read_sweep(path: str | PathLike[str], table: TableName | str = "prompts") ->
     if not parts:
         raise ValueError(f"`path` must be a sweep with rows, got {os.fspath(path)!r}, in which no part is finished.")
     try:
-        numbers = [pq.read_table(part, columns=["index"])["index"].to_pylist() for part in parts]
+        keys = pa.concat_tables([pq.read_table(part, columns=["index", "versions"]) for part in parts]).to_pandas()
         rows = [read_part(Path(path) / table / part.name, table, sweep_of(about)) for part in parts]
     except (OSError, ValueError) as error:
         raise ValueError(f"{error} Run the sweep again: damaged parts are made anew.") from error
-    n_prompts, n_wanted = sum(map(len, numbers)), max(_wanted(Path(path)), numbers[-1][-1] + 1)
-    if n_prompts < n_wanted:
-        alert(f"{os.fspath(path)} has {n_prompts} of {n_wanted} prompts: a run or shard of the sweep has not ended.")
+    n_wanted = max(_wanted(Path(path)), int(keys["index"].iloc[-1]) + 1)
+    if len(keys) < n_wanted:
+        alert(f"{os.fspath(path)} has {len(keys)} of {n_wanted} prompts: a run or shard of the sweep has not ended.")
+    if keys["versions"].nunique() > 1:
+        alert(f"{os.fspath(path)} was gone on with in other versions: {'; then '.join(keys['versions'].unique())}.")
     found: Any = pa.concat_tables(rows).to_pandas()
     # while a part grows, its rows of prompts are written last
-    found = found[found["index"].isin([number for own in numbers for number in own])].reset_index(drop=True)
+    found = found[found["index"].isin(keys["index"])].reset_index(drop=True)
     found.attrs["sweep"] = about
     return found
 
