@@ -31,6 +31,8 @@ from tracedensity.study.table import ALSO
 
 ROOT = Path(__file__).parents[1]
 LOOPS = {"loop of td.density": (), "loop with also=": ALSO}
+"""What is measured beside faithfulness in each loop."""
+
 _PART = 32
 _GROWTH = 1.05
 _TOLERANCE = 1e-5

@@ -17,6 +17,8 @@ WORDS = 20
 LENGTHS = (8, 16, 32, 64)
 """Tokens of nested contexts."""
 
+CORPORA = ("wikitext", "books")
+
 THRESHOLDS = (0.5, 0.8, 0.9)
 """Faithfulnesses at which sizes are taken."""
 
@@ -132,7 +134,7 @@ def studies(n: int) -> list[Study]:
         found.append(Study(model, corpus, kind, limit, {**each, **options}))
 
     for model in (*TRAINED, NULL):
-        for corpus in DOCUMENTS:
+        for corpus in CORPORA:
             add(model, corpus, "norm", n, **words)
             add(model, corpus, "flow", max(n // 3, 12), method="flow", **words, **no_baselines)
         add(model, "wikitext", "nested", max(n, 48), context_tokens=LENGTHS, **no_baselines)

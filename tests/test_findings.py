@@ -16,7 +16,7 @@ from statsmodels.formula.api import ols
 from statsmodels.stats.anova import anova_lm
 
 import tracedensity as td
-from studies.corpora import ASSETS, LENGTHS, NULL, TRAINED, Places, shuffle, studies
+from studies.corpora import ASSETS, CORPORA, LENGTHS, NULL, TRAINED, Places, shuffle, studies
 from studies.findings import FINDINGS, Finding, Sweeps, dense, phases
 from studies.findings.answer import details_of, verdict_of
 from studies.findings.dynamic import intraclass, ratio_given_length
@@ -127,7 +127,7 @@ def test_every_model_is_swept_for_every_question(tmp_path: Path):
     assert len({study.name for study in found}) == len(found)
     for model in TRAINED:
         kinds = {(study.corpus, study.kind) for study in found if study.model == model}
-        both = {(corpus, kind) for corpus in ("wikitext", "books") for kind in ("norm", "flow")}
+        both = {(corpus, kind) for corpus in CORPORA for kind in ("norm", "flow")}
         assert kinds == both | {("wikitext", "nested"), ("wikitext", "tight")}
     assert all(study.limit >= 1000 for study in found if study.kind == "norm")
     assert all(study.limit % len(LENGTHS) == 0 for study in found if study.kind == "nested")

@@ -235,15 +235,15 @@ def _arcs_best_first(edges: EdgeList, weight: np.ndarray) -> np.ndarray:
         step += 1
 
     step_type = np.min_scalar_type(edges.n_nodes)  # stable sorts of small numbers take a fraction of the time
-    offered_at = reached_at[target].astype(step_type)
-    popped = np.argsort(offered_at, kind="stable")  # which are popped first if all are on offer
+    offered_at = reached_at[target]
+    popped = np.argsort(offered_at.astype(step_type), kind="stable")  # which are popped first if all are on offer
     popped = popped[np.argsort(-weight[popped], kind="stable")]
     priority = np.empty(len(weight), dtype=np.int64)
     priority[popped] = np.arange(len(weight))
     # an edge is popped between the events j and j + 1 for the first j since its offer
     # at which the edge that reaches node j + 1 does not go before it
     limit = np.append(priority[np.array(reaching_edge, dtype=np.int64)], len(weight))
-    event = _first_at_least(limit, offered_at.astype(np.int64), priority)
+    event = _first_at_least(limit, offered_at, priority)
     return popped[np.argsort(event[popped].astype(step_type), kind="stable")]
 
 

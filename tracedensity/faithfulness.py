@@ -41,7 +41,11 @@ def _given(known: Callable[[Tensor], tuple[Tensor, ...]]) -> Callable[[Callable[
     return compared
 
 
-@_given(lambda full: (full.softmax(-1),))
+def _probabilities(full: Full) -> tuple[Full]:
+    return (full.softmax(-1),)
+
+
+@_given(_probabilities)
 def total_variation(circuit: Logits, p: Full) -> Float[Tensor, "..."]:
     """Half the L1 distance of the two distributions: 0 if equal, 1 if disjoint."""
     return (p - circuit.softmax(-1)).abs().sum(-1) / 2
@@ -53,7 +57,7 @@ def kl_divergence(circuit: Logits, full_log: Full) -> Float[Tensor, "..."]:
     return (full_log.exp() * (full_log - circuit.log_softmax(-1))).sum(-1).clamp(min=0.0)
 
 
-@_given(lambda full: (full.softmax(-1),))
+@_given(_probabilities)
 def jensen_shannon(circuit: Logits, p: Full) -> Float[Tensor, "..."]:
     """Jensen-Shannon divergence in nats, at most ln 2."""
     q = circuit.softmax(-1)

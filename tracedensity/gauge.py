@@ -1,6 +1,6 @@
 """Gauges: how faithful circuits are, by a metric and by what counts as none and as all of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,7 +28,7 @@ class Measuring:
 
     setting: Setting
     metrics: Mapping[str, str | Metric]
-    _known: dict[str, tuple[Tensor, ...]] = field(default_factory=dict, init=False)
+    _known: dict[Callable[[Tensor], tuple[Tensor, ...]], tuple[Tensor, ...]] = field(default_factory=dict, init=False)
 
     def __call__(self, logits: Float[Tensor, "circuit example d_vocab"], part: slice) -> dict[str, Tensor]:
         some = self.setting.examples[part]
@@ -41,11 +41,12 @@ class Measuring:
 
     def known(self, metric: str, part: slice) -> tuple[Tensor, ...]:
         """What a metric has to know of the model's predictions; worked out once where there is one of them."""
+        make = METRICS[metric].known  # which several metrics have in common
         if len(self.setting.examples) > 1:
-            return METRICS[metric].known(self.setting.clean_logits[part])
-        if metric not in self._known:
-            self._known[metric] = METRICS[metric].known(self.setting.clean_logits)
-        return self._known[metric]
+            return make(self.setting.clean_logits[part])
+        if make not in self._known:
+            self._known[make] = make(self.setting.clean_logits)
+        return self._known[make]
 
 
 def measured_together(

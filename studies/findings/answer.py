@@ -102,25 +102,27 @@ def of_sweep(model: str, corpus: str) -> str:
     return model if corpus == "wikitext" else f"{model} on {corpus}"
 
 
-def word_of(holds: Holds) -> str:
-    """The verdict in a word or two.
-
-    It depends, where something that was asked is so of all sweeps, or all that was asked is so of some sweep.
-    """
-    everywhere, _, whole = _sorted(holds)
-    if len(everywhere) == len(holds):
-        return "Reproduced"
-    return "It depends" if everywhere or whole else "Not reproduced"
-
-
 def verdict_of(holds: Holds) -> str:
-    """The same, and what it depends on."""
-    word = word_of(holds)
-    if word != "It depends":
-        return word
-    everywhere, nowhere, whole = _sorted(holds)
-    said = {"everywhere": everywhere, "nowhere": nowhere, "all of it": whole}
-    return f"{word}: " + "; ".join(f"{where} {', '.join(names)}" for where, names in said.items() if names)
+    """From what was asked, and of which sweeps it is so, a verdict and what it depends on.
+
+    It depends, where something that was asked is so of all sweeps, or all that was asked of some sweep is so of it.
+    """
+    sweeps = dict.fromkeys(sweep for where in holds.values() for sweep in where)
+    said = {
+        "everywhere": _everywhere(holds),
+        "nowhere": [name for name, where in holds.items() if not any(where.values())],
+        "all of it": [sweep for sweep in sweeps if all(where.get(sweep, True) for where in holds.values())],
+    }
+    if len(said["everywhere"]) == len(holds):
+        return "Reproduced"
+    if not said["everywhere"] and not said["all of it"]:
+        return "Not reproduced"
+    return "It depends: " + "; ".join(f"{where} {', '.join(names)}" for where, names in said.items() if names)
+
+
+def word_of(holds: Holds) -> str:
+    """The verdict without what it depends on."""
+    return verdict_of(holds).partition(":")[0]
 
 
 def details_of(holds: Holds, untrained: Holds) -> str:
@@ -128,18 +130,14 @@ def details_of(holds: Holds, untrained: Holds) -> str:
     kinds: dict[str, list[str]] = {}
     for name, where in holds.items():
         kinds.setdefault(_where(where), []).append(name)
-    if control := _sorted(untrained)[0]:
+    if control := _everywhere(untrained):
         kinds[f"with {NULL} weights as well"] = control
     return "\n".join(f"* {where}: {', '.join(names)}" for where, names in kinds.items())
 
 
-def _sorted(holds: Holds) -> tuple[list[str], list[str], list[str]]:
-    """What is so of all sweeps, what of none, and the sweeps of which everything is so that was asked of them."""
-    everywhere = [name for name, where in holds.items() if all(where.values())]
-    nowhere = [name for name, where in holds.items() if not any(where.values())]
-    sweeps = dict.fromkeys(sweep for where in holds.values() for sweep in where)
-    whole = [sweep for sweep in sweeps if all(where.get(sweep, True) for where in holds.values())]
-    return everywhere, nowhere, whole
+def _everywhere(holds: Holds) -> list[str]:
+    """What is so of all sweeps."""
+    return [name for name, where in holds.items() if all(where.values())]
 
 
 def _where(where: Mapping[str, bool]) -> str:

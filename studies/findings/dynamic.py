@@ -7,7 +7,7 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float, Int
 
-from studies.corpora import NULL, TARGET, THRESHOLDS
+from studies.corpora import CORPORA, NULL, TARGET, THRESHOLDS
 from studies.findings.answer import (
     HUES,
     Finding,
@@ -37,7 +37,7 @@ def find(sweeps: Sweeps) -> Finding:
     holds: Holds = {}
     untrained: Holds = {}
     figure = go.Figure()
-    for model, corpus in product(sweeps.models, ("wikitext", "books")):
+    for model, corpus in product(sweeps.models, CORPORA):
         known = unique_prompts(sweeps.rows(model, corpus))
         other = unique_prompts(sweeps.rows(model, corpus, "flow"))
         row: Row = {"model": model, "text": corpus}

@@ -6,7 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 import tracedensity as td
-from studies.corpora import NULL
+from studies.corpora import CORPORA, NULL
 from studies.findings.answer import (
     Estimate,
     Finding,
@@ -31,7 +31,7 @@ def find(sweeps: Sweeps) -> Finding:
     holds: Holds = {}
     untrained: Holds = {}
     figures: dict[str, go.Figure] = {}
-    for corpus in ("wikitext", "books"):
+    for corpus in CORPORA:
         null = None
         for model in (NULL, *sweeps.trained):
             found = td.study.contents(sweeps.path(model, corpus), n_bootstrap=sweeps.n_draws, n_null=0)

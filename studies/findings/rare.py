@@ -1,9 +1,10 @@
 """(d) Do rarer tokens need more?"""
 
+from itertools import product
 from typing import Any
 
 import tracedensity as td
-from studies.corpora import NULL, TARGET
+from studies.corpora import CORPORA, NULL, TARGET
 from studies.findings.answer import (
     PERMUTATIONS,
     SIGNIFICANT,
@@ -34,12 +35,11 @@ def find(sweeps: Sweeps) -> Finding:
     holds: Holds = {}
     untrained: Holds = {}
     found: dict[tuple[str, str], Any] = {}
-    for model in sweeps.models:
-        for corpus in ("wikitext", "books"):
-            found[model, corpus] = td.study.factors(
-                sweeps.rows(model, corpus), outcomes=[*_OUTCOMES], threshold=TARGET,
-                n_bootstrap=sweeps.n_draws, n_permutations=_PERMUTATIONS,
-            )  # fmt: skip
+    for model, corpus in product(sweeps.models, CORPORA):
+        found[model, corpus] = td.study.factors(
+            sweeps.rows(model, corpus), outcomes=[*_OUTCOMES], threshold=TARGET,
+            n_bootstrap=sweeps.n_draws, n_permutations=_PERMUTATIONS,
+        )  # fmt: skip
     for (model, corpus), table in corrected(found, ("p", "partial_p"), _PERMUTATIONS).items():
         known: Any = table.set_index(["outcome", "covariate"])
         for outcome, called in _OUTCOMES.items():

@@ -1,7 +1,7 @@
 """(c) Are the same inputs dense for different models?"""
 
 import tracedensity as td
-from studies.corpora import NULL
+from studies.corpora import CORPORA, NULL
 from studies.findings.answer import (
     PERMUTATIONS,
     SIGNIFICANT,
@@ -24,10 +24,9 @@ _FAMILIES = {"books-gpt2": "GPT-2", "books-llama": "Llama", "stories260K": "Llam
 
 def find(sweeps: Sweeps) -> Finding:
     """Correlations of areas between models, plain, given lengths, and given entropies and rarities too."""
-    texts = ("wikitext", "books")
-    tables = {corpus: {model: sweeps.rows(model, corpus) for model in sweeps.models} for corpus in texts}
+    tables = {corpus: {model: sweeps.rows(model, corpus) for model in sweeps.models} for corpus in CORPORA}
     found = {}
-    for corpus in texts:
+    for corpus in CORPORA:
         others = {model: sweeps.rows(model, corpus, "flow") for model in sweeps.models}
         found[corpus] = td.study.compare(tables[corpus], others=others, n_bootstrap=sweeps.n_draws)
     tests = corrected(found, ("p", "length_p", "partial_p"), PERMUTATIONS)
@@ -57,7 +56,7 @@ def find(sweeps: Sweeps) -> Finding:
             {model: tables[corpus][model] for model in sweeps.trained}, n_bootstrap=sweeps.n_draws, n_permutations=0,
             families={model: _FAMILIES[model] for model in sweeps.trained},
         )
-        for corpus in texts
+        for corpus in CORPORA
     }  # fmt: skip
     means = {corpus: as_number((each.mean, each.low, each.high)) for corpus, each in trained.items()}
     means["families"] = "; ".join(

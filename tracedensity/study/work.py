@@ -248,10 +248,9 @@ class Worker:
         files: Files = {}
         rows: dict[TableName, list[Row]] = {"thresholds": [], "points": [], "prompts": []}
         read = [self._read(context) for context in part.contexts]
-        curves, logits = self._curves(read)
+        made, logits = self._made(read, part.first)
         for place, (context, known) in enumerate(zip(part.contexts, read, strict=True)):
-            number, curve = part.first + place, curves[place]
-            keys = {**keys_of(number, context)}
+            keys, result = {**keys_of(part.first + place, context)}, made[place]
             own: Row = {
                 **context_row(context, known.tokens, known.target, self.model),
                 "model": self.model.name,
@@ -260,17 +259,13 @@ class Worker:
             }
             if (each := logits[place]) is not None:
                 own |= prediction_row(each, known.target, self.work.counts, self.model)
-            try:
-                found, kept = (None, {}) if isinstance(curve, str) else (curve_rows(curve), self._kept(number, curve))
-            except FAILURES as error:
-                curve, found, kept = _sentence(error), None, {}
-            if found is None:
-                own["error"] = curve
+            if isinstance(result, str):
+                own["error"] = result
             else:
-                own |= found["prompts"][0]
+                own |= result.rows["prompts"][0]
                 for table in ("thresholds", "points"):
-                    rows[table] += [{**keys, **row} for row in found[table]]
-                files |= kept
+                    rows[table] += [{**keys, **row} for row in result.rows[table]]
+                files |= result.files
             rows["prompts"].append({**keys, **own})
         # the file of prompts comes last: where it is, the others are
         files |= {part.path(table): self._parquet(table, rows[table], part) for table in rows}
@@ -303,13 +298,17 @@ class Worker:
                 return whole[len(before)]
         return next(iter(self.model.pieces(target)), None)
 
-    def _curves(self, read: Sequence["_Read"]) -> tuple[list[DensityCurve | str], list[Tensor | None]]:
-        """The curve of each prompt, or why there is none, and what the model predicts after it."""
-        curves: list[DensityCurve | str] = [each.error for each in read]
+    def _made(self, read: Sequence["_Read"], first: int) -> tuple[list["_Result | str"], list[Tensor | None]]:
+        """What comes of each prompt, or why nothing does, and what the model predicts after it."""
+        made: list[_Result | str] = [each.error for each in read]
         logits: list[Tensor | None] = [None] * len(read)
         numbers: list[int] = []
 
-        def asking() -> Iterator[Asking[DensityCurve | str]]:
+        def result(number: int) -> Asking[_Result]:
+            curve = yield from self.estimation.curve(read[number].tokens, logits[number])
+            return _Result(curve_rows(curve), self._kept(first + number, curve))
+
+        def asking() -> Iterator[Asking[_Result | str]]:
             for some in self._batches(read):
                 ahead = self._run_ahead([read[number].tokens for number in some])
                 for place, number in enumerate(some):
@@ -319,11 +318,11 @@ class Worker:
                     elif (alone := self._run_ahead([read[number].tokens])) is not None:
                         logits[number] = alone[0]
                     numbers.append(number)
-                    yield _safely(self.estimation.curve(read[number].tokens, logits[number]))
+                    yield _safely(result(number))
 
-        for place, curve in enumerate(self.estimation.together(asking())):
-            curves[numbers[place]] = curve
-        return curves, logits
+        for place, each in enumerate(self.estimation.together(asking())):
+            made[numbers[place]] = each
+        return made, logits
 
     def _run_ahead(self, prompts: Sequence[Tensor | None]) -> Tensor | None:
         """What is predicted after prompts that are run ahead; None where one of them fails."""
@@ -383,13 +382,22 @@ class _Read:
     error: str
 
 
+@dataclass(frozen=True, eq=False)
+class _Result:
+    """What comes of a prompt.
+
+    Attributes:
+        rows: Its rows of each table, without the columns by which they belong together.
+        files: Its files.
+    """
+
+    rows: Mapping[TableName, list[Row]]
+    files: Files
+
+
 def _safely(asking: Asking[T]) -> Asking[T | str]:
     """The same, whose failure is what comes of it."""
     try:
         return (yield from asking)
     except FAILURES as error:
-        return _sentence(error)
-
-
-def _sentence(error: Exception) -> str:
-    return str(error) or type(error).__name__
+        return str(error) or type(error).__name__
