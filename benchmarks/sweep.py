@@ -7,8 +7,8 @@ same options. There are two loops: one of nothing but `td.density`, and one that
 hold beside faithfulness as well (`also`). They have as many threads of PyTorch as there are cores, a sweep as many
 processes of one thread; one worker is the process that runs the loops. All take turns, since machines that are shared
 change their speed, and have been at work before their time is taken: what processes take to start is the same for a
-million. Ray (extra `ray`), whose actors start anew for each sweep, runs all prompts once, less the time of one part.
-Memory is the peak of a process of its own.
+million. Ray (extra `ray`), whose actors start anew for each sweep, is measured by what a sweep of 16 parts for each of
+them takes more than one of 2 parts. Memory is the peak of a process of its own.
 """
 
 import os
@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections import defaultdict
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +35,7 @@ LOOPS = {"loop of td.density": (), "loop with also=": ALSO}
 """What is measured beside faithfulness in each loop."""
 
 _PART = 32
+_ON_RAY = ((1, 0), (2, -1), (16, 1))  # parts for each actor, and how they count: the first sweep loads Ray
 _GROWTH = 1.05
 _TOLERANCE = 1e-5
 
@@ -78,18 +80,14 @@ class Rounds:
             self._count(what, time.perf_counter() - begun, len(prompts))
         return curves
 
-    def sweep(self, prompts: list[list[int]], engine: str, workers: int, curves: list[td.DensityCurve]) -> None:
-        """A sweep, whose first prompts are compared with these curves."""
+    def sweep(
+        self, prompts: list[list[int]], engine: str, workers: int, curves: list[td.DensityCurve], sign: int = 1
+    ) -> None:
+        """A sweep, whose first prompts are compared with these curves; its time is added, or taken away."""
         given = {"workers": workers, "engine": engine, "progress": False, "part_size": _PART, **self.options}
         with tempfile.TemporaryDirectory() as folder:
-            start = 0.0, 0
-            if engine == "ray":  # whose actors start anew each time, and which itself starts with the first of them
-                part = prompts[:_PART]
-                td.sweep(self.name, part, f"{folder}/first", **given)
-                # while one actor runs this, others wait; of all prompts they run as many
-                start = td.sweep(self.name, part, f"{folder}/part", **given).seconds, _PART * workers
-            done = td.sweep(self.name, prompts, f"{folder}/all", **given)
-            self._count((engine, workers), done.seconds - start[0], len(prompts) - start[1])
+            done = td.sweep(self.name, prompts, folder, **given)
+            self._count((engine, workers), sign * done.seconds, sign * done.n_made)
             table = done.table()
         for curve, heights, sizes in zip(curves, table["faithfulness"], table["sizes"], strict=False):
             same = np.array_equal(sizes, curve.sizes.numpy())
@@ -172,8 +170,9 @@ def main(
         found.show("local", cores)
         if ray:
             curves = found.loops(prompts[:n_loop])
-            for workers in (1, cores):
-                found.sweep(prompts, "ray", workers, curves)
+            for workers, (parts, sign) in product((1, cores), _ON_RAY):
+                some = prompts_of(found.model, tokens, parts * workers * _PART)
+                found.sweep(some, "ray", workers, curves, sign)
             found.show("ray", cores)
         print(f"  {'the same' if found.same else 'OTHER'} sizes as the loop, faithfulness to {found.apart:.0e}")
         all_same &= found.same and found.apart <= _TOLERANCE
