@@ -13,6 +13,7 @@ from jaxtyping import install_import_hook
 # Before anything imports the packages: every call in every test run checks its shapes and types.
 install_import_hook(["tracedensity", "training"], "checking.checked")
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,3 +115,11 @@ def unexamined() -> Iterator[None]:
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """As users run the library: the checks of the annotations would refuse an unknown choice before we do."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C as at a terminal: jobs in the background of a shell are started with it ignored."""
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, usual)

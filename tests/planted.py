@@ -99,6 +99,27 @@ def planted(
     return table
 
 
+def by_rarity(covariates: Any, generator: np.random.Generator) -> np.ndarray:
+    """Density that depends on the rarity of the target alone."""
+    return 0.4 * (covariates["rarity_target"] - 2.5) - 1.5 + generator.normal(0, 0.2, len(covariates["entropy"]))
+
+
+def nested(slope: float, n: int = 40, seed: int = 0) -> pd.DataFrame:
+    """Contexts of 4, 8 and 16 tokens for each of `n` targets, whose log10 of size changes by `slope` per doubling."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for target in range(n):
+        own = generator.normal(-1.5, 0.3)
+        for place, length in enumerate((4, 8, 16)):
+            sizes, heights = curve(own + slope * place + generator.normal(0, 0.05))
+            rows.append({
+                "id": f"t{target}:{length}", "group": f"t{target}", "document": f"d{target // 4}", "error": None,
+                "n_tokens": length + 1, "sizes": sizes, "faithfulness": heights, "n_edges": N_EDGES,
+                "entered": [1], "auc": -np.log10(np.interp(0.5, heights, np.maximum(sizes, 1))),
+            })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
 COMPONENTS = [f"a0.h{head}" for head in range(18)] + ["r0.attn", "r0.mlp"]
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import random_model
 from drawn import curve_of, provenance
+from planted import by_rarity, nested, planted, write_sweep
 
 import tracedensity as td
 from tracedensity.plot import (
@@ -38,6 +39,7 @@ LONG = (  # 40 tokens
     "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness, it "
     "was the epoch"
 )
+CONTENTS = ("composition", "layers", "recurrence", "prediction", "phases")
 HOSTILE = "he said <script>alert(1)</script> and \"then\" 'so' & $x$ <img src=x onerror=alert(2)>"
 
 # Texts that a reader has to read, and whether two of them lie over one another.
@@ -116,8 +118,29 @@ def curves(model):
 
 
 @pytest.fixture(scope="module")
-def figures(model, curves):
-    """Each figure that there is, of a short and of a long prompt, or of a task."""
+def studied(tmp_path_factory) -> dict[str, go.Figure]:
+    """The figures of studies."""
+    few, table = {"n_bootstrap": 20}, planted(120, density=by_rarity)
+    models = {f"a-model-of-name-{seed}": planted(120, seed=seed) for seed in range(3)}
+    shapley = td.study.shap_values(table, regressor="ridge", n_null=5, **few)
+    folder = tmp_path_factory.mktemp("contents") / "sweep"
+    write_sweep(folder, table)
+    contents = td.study.contents(folder, n_null=20, **few)
+    return {
+        "factors": td.study.factors(table, n_permutations=20, **few).plot(),
+        "lengths": td.study.lengths(nested(0.2), outcomes=("area", "size"), n_permutations=20, **few).plot(),
+        "thresholds": td.study.thresholds(table, **few).plot(),
+        "compare": td.study.compare(models, n_permutations=20, **few).plot(),
+        "trend": td.study.trend(models, n_permutations=20, **few).plot(),
+        "shap": shapley.plot(),
+        "dependence": shapley.plot("rarity_target"),
+        **{f"contents_{what}": contents.plot(what) for what in CONTENTS},
+    }
+
+
+@pytest.fixture(scope="module")
+def figures(model, curves, studied):
+    """Each figure that there is, of a short and of a long prompt, of a task, or of a study."""
     made: dict[str, go.Figure] = {}
     for size, (prompt, curve) in zip(("short", "long"), curves.items(), strict=True):
         scores, circuit = td.attribute(model, prompt), curve.circuit(faithfulness=0.8)
@@ -153,7 +176,7 @@ def figures(model, curves):
     ranking = scores.rank()
     made["component"] = plot_component(ranking.circuit(60), scores=scores)
     made["component_difference"] = plot_difference(ranking.circuit(60), scores.rank("top").circuit(40), scores=scores)
-    return made
+    return made | studied
 
 
 NAMES = [
@@ -165,6 +188,8 @@ NAMES = [
         )
     ),
     "curve_large", "circuit_large", "component_large", "tight", "curves", "component", "component_difference",
+    "factors", "lengths", "thresholds", "compare", "trend", "shap", "dependence",
+    *(f"contents_{what}" for what in CONTENTS),
 ]  # fmt: skip
 
 
@@ -192,6 +217,7 @@ def test_every_figure_opens_and_no_label_lies_over_another(sheet, name):
     ARTEFACTS.mkdir(exist_ok=True)
     opened.locator(f".figure:has(#{name})").screenshot(path=ARTEFACTS / f"{name}_{width}_{scheme}.png")
     assert opened.evaluate(OVERLAPS, f"#{name} ") == []
+    assert opened.query_selector(f"#{name} .gl-container canvas") is None  # browsers have few of them, or none
     ground = opened.evaluate(f"getComputedStyle(document.querySelector('#{name} .main-svg')).backgroundColor")
     assert ground == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(21, 23, 27)")
     assert opened.evaluate("document.documentElement.scrollWidth") <= width  # a wide figure scrolls by itself

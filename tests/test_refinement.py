@@ -361,14 +361,6 @@ def test_a_budget_that_nothing_spends_is_refused(tiny_gpt2):
         td.density(tiny_gpt2, [3, 1, 4], budget=100)
 
 
-@pytest.fixture
-def ctrl_c():
-    """Ctrl-C as at a terminal: jobs in the background of a shell are started with it ignored."""
-    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, usual)
-
-
 @pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize(("owner", "moment"), [(HookPoint, "add_hook"), (RemovableHandle, "remove")])
 def test_ctrl_c_waits_until_hooks_are_off_again(owner, moment, tiny_gpt2, monkeypatch):

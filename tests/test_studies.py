@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import statsmodels.api as sm
-from planted import N_EDGES, curve, planted
+from planted import N_EDGES, by_rarity, nested, planted
 from scipy.stats import bootstrap, kstest, rankdata, spearmanr
 from sklearn.inspection import permutation_importance
 from sklearn.linear_model import Ridge
@@ -34,11 +34,6 @@ from tracedensity.study.shapley import GROUPS
 from tracedensity.study.statistics import codes, interval, resampled
 
 FEW: dict[str, Any] = {"n_bootstrap": 50, "n_permutations": 200}
-
-
-def by_rarity(covariates: Any, generator: np.random.Generator) -> np.ndarray:
-    """Density that depends on the rarity of the target alone."""
-    return 0.4 * (covariates["rarity_target"] - 2.5) - 1.5 + generator.normal(0, 0.2, len(covariates["entropy"]))
 
 
 def redrawn(documents: Sequence[str], n: int, seed: int = 0) -> Iterator[list[int]]:
@@ -349,22 +344,6 @@ def test_intervals_of_means_are_those_of_scipy():
 
 
 # -- lengths -----------------------------------------------------------------------------------------
-
-
-def nested(slope: float, n: int = 40, seed: int = 0) -> pd.DataFrame:
-    """Contexts of 4, 8 and 16 tokens for each of `n` targets, whose log10 of size changes by `slope` per doubling."""
-    generator = np.random.default_rng(seed)
-    rows = []
-    for target in range(n):
-        own = generator.normal(-1.5, 0.3)
-        for place, length in enumerate((4, 8, 16)):
-            sizes, heights = curve(own + slope * place + generator.normal(0, 0.05))
-            rows.append({
-                "id": f"t{target}:{length}", "group": f"t{target}", "document": f"d{target // 4}", "error": None,
-                "n_tokens": length + 1, "sizes": sizes, "faithfulness": heights, "n_edges": N_EDGES,
-                "entered": [1], "auc": -np.log10(np.interp(0.5, heights, np.maximum(sizes, 1))),
-            })  # fmt: skip
-    return pd.DataFrame(rows)
 
 
 def test_the_slope_that_was_planted_is_found():
@@ -864,27 +843,53 @@ def test_intervals_of_covariates_are_those_of_resampled_documents(explained):
 
 
 def test_what_chance_gives_is_that_of_densities_exchanged_within_lengths(explained):
-    """With the same draws: the largest mean of absolute values, of coefficients times distances from the mean."""
+    """With the same draws: the largest mean of absolute values, of coefficients times distances from the mean.
+
+    Lengths have a chance of their own, for which any densities are exchanged.
+    """
     table = planted(160, density=by_rarity)
     x, y, length = explained.covariates.to_numpy(float), outcome_of(table, "area"), table["n_tokens"].to_numpy()
     folds = [*GroupKFold(5).split(x, y, codes(table["document"].to_numpy()))]
     model = make_pipeline(StandardScaler(), Ridge(alpha=10.0))
-    by_length = np.argsort(length, kind="stable")  # draws are made in this order
-    largest, r2 = [], []
-    for draws in np.random.default_rng(0).random((20, 160)):
-        drawn, mixed = dict(zip(by_length, draws, strict=True)), y.copy()
-        for each in np.unique(length):
-            rows = np.flatnonzero(length == each)
-            assert len(rows) >= 20  # a stratum of its own
-            mixed[rows] = y[sorted(rows, key=drawn.__getitem__)]
-        values = np.empty_like(x)
-        for train, test in folds:
-            scaler, ridge = model.fit(x[train], mixed[train])[0], model[-1]
-            values[test] = ridge.coef_ * (scaler.transform(x[test]) - scaler.transform(x[train]).mean(0))
-        largest.append(np.abs(values).mean(0).max())
-        r2.append(r2_score(mixed, cross_val_predict(model, x, mixed, cv=folds)))
-    assert explained.table["null"].tolist() == pytest.approx([np.quantile(largest, 0.95)] * x.shape[1])
-    assert explained.null_r2 == pytest.approx(np.quantile(r2, 0.95))
+    others = explained.covariates.columns != "n_tokens"
+    found = {}
+    for name, strata, compared in (("", length, others), ("n_tokens", np.zeros(160), slice(None))):
+        by_stratum = np.argsort(strata, kind="stable")  # draws are made in this order
+        largest, r2 = [], []
+        for draws in np.random.default_rng(0).random((20, 160)):
+            drawn, mixed = dict(zip(by_stratum, draws, strict=True)), y.copy()
+            for each in np.unique(strata):
+                rows = np.flatnonzero(strata == each)
+                assert len(rows) >= 20  # a stratum of its own
+                mixed[rows] = y[sorted(rows, key=drawn.__getitem__)]
+            values = np.empty_like(x)
+            for train, test in folds:
+                scaler, ridge = model.fit(x[train], mixed[train])[0], model[-1]
+                values[test] = ridge.coef_ * (scaler.transform(x[test]) - scaler.transform(x[train]).mean(0))
+            largest.append(np.abs(values).mean(0)[compared].max())
+            r2.append(r2_score(mixed, cross_val_predict(model, x, mixed, cv=folds)))
+        found[name] = np.quantile(largest, 0.975), np.quantile(r2, 0.975)
+    null = explained.table.set_index("covariate")["null"]
+    assert null["n_tokens"] == pytest.approx(found["n_tokens"][0])
+    assert null.drop("n_tokens").tolist() == pytest.approx([found[""][0]] * (x.shape[1] - 1))
+    assert explained.null_r2 == pytest.approx(min(r2 for _, r2 in found.values()))
+
+
+def test_a_cause_counts_beside_length_and_length_or_domain_alone():
+    """Exchanged within lengths, density still depends on length: that is no chance to compare other causes with."""
+    table, noise = planted(200), np.random.default_rng(0).normal(0, 0.2, 200)
+    table["n_tokens"], table["domain"] = np.arange(200) % 40 + 4, np.where(np.arange(200) // 8 % 2, "prose", "code")
+    rarity, length = table["rarity_target"], np.log(table["n_tokens"])
+    causes = {
+        ("rarity_target", "n_tokens"): 0.4 * rarity + length,
+        ("n_tokens",): length,
+        ("domain",): 1.0 * (table["domain"] == "code"),
+        ("domain", "n_tokens"): length + (table["domain"] == "code"),
+    }
+    for names, cause in causes.items():
+        given = table.assign(auc=cause + noise)
+        found = td.study.shap_values(given, outcome="auc", regressor="ridge", n_null=40, n_bootstrap=0).table
+        assert {*found.loc[found["counts"], "covariate"]} == {*names}
 
 
 def test_chance_is_refused_and_does_not_count_but_in_five_of_a_hundred():

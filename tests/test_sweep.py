@@ -28,6 +28,7 @@ from tokenizers import Tokenizer
 
 import tracedensity as td
 from tracedensity.estimation import Estimation
+from tracedensity.ground import Ground
 from tracedensity.model import as_transformer
 from tracedensity.model.offload import is_offloading
 from tracedensity.study import engines, progress, work
@@ -290,6 +291,29 @@ def test_a_killed_run_loses_the_part_in_flight_at_most(tiny_gpt2, whole, tmp_pat
                 assert content == files(whole)[name]
     td.sweep(tiny_gpt2, PROMPTS, out, **OPTIONS)
     assert files(out) == files(whole)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.parametrize(("robust", "strike"), [(False, 3), (["prepend"], 18)], ids=["refined", "robust"])
+def test_ctrl_c_in_a_search_ends_the_sweep_and_not_the_search_alone(robust, strike, tiny_gpt2, tmp_path, monkeypatch):
+    """What a search has found so far is no row: a run to the end has the files of a run that nothing stopped."""
+    options = {**OPTIONS, "part_size": 1, "refine": True, "budget": 30, "thresholds": (0.8,), "robust": robust}
+    plain, tried, calls = tmp_path / "plain", Ground.tried, 0
+    td.sweep(tiny_gpt2, PROMPTS[:2], plain, **options)
+
+    def struck(self: Ground, kept: torch.Tensor) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == strike:
+            signal.raise_signal(signal.SIGINT)
+        return tried(self, kept)
+
+    monkeypatch.setattr(Ground, "tried", struck)
+    with pytest.raises(KeyboardInterrupt):
+        td.sweep(tiny_gpt2, PROMPTS[:2], tmp_path / "struck", **options)
+    assert not list((tmp_path / "struck").glob("prompts/*.parquet"))
+    assert td.sweep(tiny_gpt2, PROMPTS[:2], tmp_path / "struck", **options).n_made == 2
+    assert files(tmp_path / "struck") == files(plain)
 
 
 def test_several_processes_that_are_killed_lose_nothing(tmp_path):

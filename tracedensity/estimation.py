@@ -143,13 +143,26 @@ def density(
     options = {name: value for name, value in locals().items() if name not in ("model", "prompt", "attention_mask")}
     estimation = Estimation(as_transformer(model), **options)
     prompts = several_prompts(prompt, attention_mask)
-    if prompts is None or graph != "token":
-        if attention_mask is not None:
-            task = Task(clean=prompts, position=position, name="")
-            return alone(replace(estimation, position=-1).curve(task))
-        return alone(estimation.curve(prompt))
-    curves = list(estimation.curves(prompts))
-    return curves[0] if getattr(prompt, "ndim", 0) == 1 else curves
+    if prompts is not None and graph == "token":
+        curves = list(estimation.curves(prompts))
+    elif attention_mask is not None:
+        task = Task(clean=prompts, position=position, name="")
+        curves = [alone(replace(estimation, position=-1).curve(task))]
+    else:
+        curves = [alone(estimation.curve(prompt))]
+    for curve in filter(was_cut_short, curves):
+        alert(
+            "interrupted: thresholds that were not searched for have circuits of rankings"
+            + (", and nothing is said of robust ones." if robust and curve.robust is None else ".")
+        )
+    several = prompts is not None and graph == "token" and getattr(prompt, "ndim", 0) != 1
+    return curves if several else curves[0]
+
+
+def was_cut_short(curve: DensityCurve) -> bool:
+    """Whether a search for one of its circuits, or of its robust ones, was ended by Ctrl-C."""
+    searched = (each for each in (curve, curve.robust) if isinstance(each, TightCurve))
+    return any(was_interrupted(circuit) for each in searched for circuit in each.refined)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -240,22 +253,15 @@ class Estimation:
             rankings = [ranking.postponed(~ground.free) for ranking in rankings]
 
         curve = yield from self._curve_on([ground], rankings, self.baselines)
-        interrupted = isinstance(curve, TightCurve) and any(map(was_interrupted, curve.refined))
-        if self.robust and not interrupted:
+        if self.robust and not was_cut_short(curve):
             metric = gauge.metric if self.metric is None else self.metric
             home = Home(self.model, curve.provenance.subject, ground, metric, self.seed)
             grounds = home.required(USUAL if self.robust is True else self.robust)
             stout = yield from self._curve_on(grounds, rankings, False)
-            interrupted = isinstance(stout, TightCurve) and any(map(was_interrupted, stout.refined))
             if isinstance(curve, TightCurve) and isinstance(stout, TightCurve):  # what stands a lot stands at home
                 at_home = [circuit.at_home() for circuit in stout.refined]
                 curve = TightCurve.of(curve.published, curve.families, (*curve.refined, *at_home))
             curve = replace(curve, robust=stout)
-        if interrupted:
-            alert(
-                "interrupted: thresholds that were not searched for have circuits of rankings"
-                + (", and nothing is said of robust ones." if self.robust and curve.robust is None else ".")
-            )
         return curve
 
     def _scored(self, prompt: object, method: str | None, metric: str | Metric | None) -> tuple[Setting, Scores]:

@@ -16,12 +16,14 @@ from tracedensity.plot.theme import (
     label,
     plain,
     require_result,
+    wide_enough,
 )
 
 if TYPE_CHECKING:
     from tracedensity.study.comparison import Comparison
 
 _ROW = 34  # px
+_LEFT = 190
 
 
 def plot_models(comparison: "Comparison", *, theme: Theme | str = "light") -> go.Figure:
@@ -38,14 +40,15 @@ def plot_models(comparison: "Comparison", *, theme: Theme | str = "light") -> go
 
     require_result("comparison", comparison, Comparison, "`td.study.compare(tables)`")
     table: Any = comparison.table
-    names = [label(plain(each, 18)) for each in comparison.matrix.columns]
+    names = [plain(each, 18) for each in comparison.matrix.columns]
+    shown = [*map(label, names)]
     matrix = comparison.matrix.to_numpy(float)
     upper, lower = max(120, 44 * len(names)), _ROW * max(3, len(table))
     figure = make_subplots(
         rows=2, cols=1, row_heights=[upper, lower], vertical_spacing=min(0.4, 96 / (upper + lower + 96))
     )
     figure.add_heatmap(
-        z=matrix, x=names, y=names, zmin=-1, zmax=1, colorscale=colour_scale(DIVERGING), showscale=False,
+        z=matrix, x=shown, y=shown, zmin=-1, zmax=1, colorscale=colour_scale(DIVERGING), showscale=False,
         texttemplate="%{z:.2f}", hovertemplate="%{y}, %{x}: %{z:.3f}<extra></extra>", xgap=1, ygap=1, row=1, col=1,
     )  # fmt: skip
     place = np.arange(len(table))[::-1]
@@ -67,12 +70,14 @@ def plot_models(comparison: "Comparison", *, theme: Theme | str = "light") -> go
             },
             hovertemplate="%{x:.3f}<extra>" + name + "</extra>", row=2, col=1,
         )  # fmt: skip
-    pairs = [label(plain(f"{a}, {b}", 24)) for a, b in zip(table["a"], table["b"], strict=True)]
+    pairs = [label(f"{plain(a, 12)}, {plain(b, 12)}") for a, b in zip(table["a"], table["b"], strict=True)]
     figure.update_yaxes(tickvals=place, ticktext=pairs, range=[-0.6, len(table) - 0.4], row=2, col=1)
     figure.update_yaxes(autorange="reversed", row=1, col=1)
+    figure.update_xaxes(tickangle=0, row=1, col=1)
     figure.update_xaxes(title="Spearman correlation", range=[-1.02, 1.02], row=2, col=1)
     return finished(
         figure, "Are the same inputs dense for different models?",
         [f"{table['n'].max()} inputs", f"mean {comparison.mean:.2f} ({comparison.low:.2f} to {comparison.high:.2f})"],
-        plot_height=upper + lower + 96, theme=theme, left=150,
+        plot_height=upper + lower + 96, theme=theme, left=_LEFT,
+        min_width=wide_enough(names, _LEFT),
     )  # fmt: skip

@@ -6,7 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from tracedensity.plot.theme import COLOURS, INK, NARROW, Theme, breadth, finished, label, plain, require_result
+from tracedensity.plot.theme import COLOURS, INK, Theme, finished, label, plain, require_result, wide_enough
 from tracedensity.study.covariates import AREAS
 
 if TYPE_CHECKING:
@@ -57,11 +57,10 @@ def plot_trend(trend: "Trend", *, theme: Theme | str = "light") -> go.Figure:
     names = [plain(str(each), 16) for each in table["name"]]
     ticks = [*map(label, names)]
     figure.update_xaxes(tickvals=place, ticktext=ticks, tickangle=0, range=[-0.5, len(table) - 0.5])
-    room = len(names) * (12 + 7 * max(map(breadth, names)))  # px: turned labels would be left out
     n = table["n"]
     count = f"{n.max()} inputs" if n.min() == n.max() else f"{n.min()} to {n.max()} inputs"
     said = [count] if trend.outcome in AREAS else [count, f"faithfulness {trend.threshold:g}"]
     return finished(
         figure, "Density from sweep to sweep", said, plot_height=_PANEL * (1 + shared), theme=theme, left=_LEFT,
-        min_width=max(NARROW, _LEFT + 24 + room),
+        min_width=wide_enough(names, _LEFT),
     )  # fmt: skip

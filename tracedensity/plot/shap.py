@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import plotly.graph_objects as go
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from tracedensity.plot.theme import (
     COLOURS,
@@ -23,10 +23,14 @@ if TYPE_CHECKING:
 
 _ROW = 44  # px per covariate
 _BINS = 60
+_POINTS = 1000
+"""Prompts that are drawn, since browsers have few canvases for WebGL, and a page has more figures."""
 
 
 def plot_shap(values: "ShapValues", *, theme: Theme | str = "light") -> go.Figure:
-    """Shapley values of every prompt, a row per covariate, coloured by what the covariate is there (beeswarm).
+    """Shapley values of prompts, a row per covariate, coloured by what the covariate is there (beeswarm).
+
+    Of more than 1,000 prompts as many are drawn, at random.
 
     Args:
         values: What `tracedensity.study.shap_values` has found.
@@ -38,16 +42,18 @@ def plot_shap(values: "ShapValues", *, theme: Theme | str = "light") -> go.Figur
     _require(values)
     table: Any = values.table
     names = list(table["covariate"])[::-1]
+    drawn = _drawn(len(values.values))
     figure = go.Figure()
     figure.add_vline(x=0, line={"color": MUTED, "width": 1})
     for row, name in enumerate(names):
         phi = values.values[name].to_numpy(float)
         of = values.covariates[name].to_numpy(float)
         rank = (np.argsort(np.argsort(of, kind="stable"), kind="stable") + 0.5) / len(of)
-        figure.add_scattergl(
-            x=phi, y=row + _spread(phi), mode="markers", showlegend=False, name=name, customdata=of,
+        figure.add_scatter(
+            x=phi[drawn], y=row + _spread(phi[drawn]), mode="markers", showlegend=False, name=name,
+            customdata=of[drawn],
             marker={
-                "size": 4, "opacity": 0.8, "color": rank, "cmin": 0, "cmax": 1,
+                "size": 4, "opacity": 0.8, "color": rank[drawn], "cmin": 0, "cmax": 1,
                 "colorscale": colour_scale((COLOURS["head"], COLOURS["residual"], COLOURS["mlp"])),
                 "showscale": row == 0,
                 "colorbar": colour_bar("covariate (rank)", tickvals=[0.02, 0.98], ticktext=["low", "high"]),
@@ -60,14 +66,14 @@ def plot_shap(values: "ShapValues", *, theme: Theme | str = "light") -> go.Figur
     figure.update_xaxes(title=f"Shapley value (in units of {_unit(values.outcome)})")
     return finished(
         figure, "What a regression of density draws on",
-        [f"R² out of fold {values.r2:.2f}", f"{len(values.values)} prompts", f"{values.n_documents} documents"],
+        [f"R² out of fold {values.r2:.2f}", _prompts(values), f"{values.n_documents} documents"],
         plot_height=_ROW * max(3, len(names)), theme=theme, left=140, right=84,
         remark="It explains the regression, not the model. * no more than chance gives the largest of all.",
     )  # fmt: skip
 
 
 def plot_shap_dependence(values: "ShapValues", covariate: str, *, theme: Theme | str = "light") -> go.Figure:
-    """Shapley values of one covariate over what it is.
+    """Shapley values of one covariate over what it is, of the same prompts.
 
     Args:
         values: What `tracedensity.study.shap_values` has found.
@@ -80,17 +86,18 @@ def plot_shap_dependence(values: "ShapValues", covariate: str, *, theme: Theme |
     _require(values)
     if covariate not in values.values.columns:
         raise ValueError(f"`covariate` must be one of {list(values.values.columns)}, got {covariate!r}.")
-    x, phi = (each[covariate].to_numpy(float) for each in (values.covariates, values.values))
+    drawn = _drawn(len(values.values))
+    x, phi = (each[covariate].to_numpy(float)[drawn] for each in (values.covariates, values.values))
     figure = go.Figure()
     figure.add_hline(y=0, line={"color": MUTED, "width": 1})
-    figure.add_scattergl(
+    figure.add_scatter(
         x=x, y=phi, mode="markers", showlegend=False, marker={"size": 4, "color": COLOURS["head"], "opacity": 0.6},
         hovertemplate="%{x:.3g}: %{y:.3g}<extra></extra>",
     )  # fmt: skip
     figure.update_xaxes(title=label(NUMERIC.get(covariate, covariate)))
     figure.update_yaxes(title=f"Shapley value ({_unit(values.outcome)})")
     return finished(
-        figure, f"What {covariate.replace('_', ' ')} adds to predicted density", [f"{len(x)} prompts"],
+        figure, f"What {covariate.replace('_', ' ')} adds to predicted density", [_prompts(values)],
         plot_height=320, theme=theme, left=76,
         remark="It explains the regression, not the model.",
     )  # fmt: skip
@@ -100,6 +107,17 @@ def _require(values: object) -> None:
     from tracedensity.study.shapley import ShapValues
 
     require_result("values", values, ShapValues, "`td.study.shap_values(table)`")
+
+
+def _drawn(n_prompts: int) -> Int[np.ndarray, " point"]:
+    """Which prompts are drawn; always the same."""
+    some = np.random.default_rng(0).permutation(n_prompts)[:_POINTS]
+    return np.sort(some)
+
+
+def _prompts(values: "ShapValues") -> str:
+    n = len(values.values)
+    return f"{_POINTS:,} of {n:,} prompts" if n > _POINTS else f"{n} prompts"
 
 
 def _counts(table: Any, names: list[str]) -> list[tuple[str, bool]]:

@@ -58,6 +58,8 @@ WIDTHS = ((0.0, 1.0), (0.05, 1.8), (0.2, 3.2), (0.5, 5.0))
 NARROW = 400
 """Width (px) in which titles and legends fit; labels of many tokens need more, see `finished`."""
 
+_BESIDE = 24 + 32  # px: room at the right, and what a page has at both sides
+
 TOKEN = 15  # px that a token needs for its name, written upwards
 SLIDER = 84  # px that a slider needs
 TOOLBAR = 42  # px down to the line that the title stands on, so that plotly's tool bar is above it
@@ -293,6 +295,16 @@ def shortened(text: str, length: int) -> str:
 def breadth(text: str) -> int:
     """Columns that a text takes: Chinese, Japanese and Korean characters take two."""
     return sum(map(_columns, text))
+
+
+def wide_enough(names: Sequence[str], left: float | int) -> float | int:
+    """Width (px), at least `NARROW`, at which names below an axis stand side by side: turned ones would be left out.
+
+    Args:
+        names: The names, as they are shown.
+        left: Room at the left of the axis.
+    """
+    return max(NARROW, left + _BESIDE + len(names) * (12 + 7 * max(map(breadth, names))))
 
 
 def _columns(char: str) -> int:

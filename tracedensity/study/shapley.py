@@ -57,14 +57,15 @@ class ShapValues:
 
     Attributes:
         table: One row per covariate: `mean_abs`, mean of its absolute Shapley values over prompts, with its interval
-            `low` to `high`; `null`, the 95th percentile of the largest such mean among covariates if density is
-            exchanged, and `counts`, whether it is exceeded; `permutation` and `drop`, what R2 out of fold loses if the
-            covariate is exchanged, or left out.
+            `low` to `high`; `null`, what the largest such mean among covariates exceeds in 5 of 100 tables if density
+            is exchanged between prompts of similar length and of one domain (for length itself, of one domain; for
+            domains, of similar length), and `counts`, whether it is exceeded; `permutation` and `drop`, what R2 out of
+            fold loses if the covariate is exchanged, or left out.
         groups: One row per group of covariates, exact Shapley values of R2 out of fold, which add up to `r2`.
         values: Shapley values, one row per prompt and one column per covariate; those of domains are one.
         covariates: The covariates of these prompts.
         r2: R2 out of fold of the regression.
-        null_r2: Its 95th percentile if density is exchanged within strata of length.
+        null_r2: What it exceeds in 5 of 100 tables if density is exchanged in the way in which least is left of it.
         ridge_r2: R2 out of fold of a linear regression.
         additivity: Largest difference of the sum of a prompt's values and base from what the regression predicts.
         outcome: What was regressed.
@@ -129,7 +130,9 @@ def shap_values(
         threshold: Faithfulness at which sizes are taken.
         regressor: Which regression.
         n_folds: Folds, at least two; as many as documents where these are fewer.
-        n_null: How often density is exchanged within strata of similar length, for what chance would give.
+        n_null: How often density is exchanged, for what chance would give: between prompts of similar length and of one
+            domain, since what depends on these goes with other covariates too; and as often again for length, and for
+            domains, where they differ.
         n_bootstrap: How often documents are resampled, for intervals.
         seed: For all of this.
         progress: Whether to show a bar; by default in terminals and notebooks. Most of the time goes into `n_null`, and
@@ -160,7 +163,6 @@ def shap_values(
     if np.ptp(y) == 0:
         raise ValueError(f"`outcome` must differ between prompts, got {y[0]:g} of {outcome!r} for all of them.")
     document = codes(known["document"].astype(str).to_numpy())
-    domain = codes(known["domain"].fillna("").to_numpy())
     n_documents = len(np.unique(document))
     if n_documents < 2:
         raise ValueError("`table` must be of at least two documents, of which one can be predicted from the others.")
@@ -172,24 +174,35 @@ def shap_values(
     def by_covariate(phi: Float[np.ndarray, "row column"]) -> Float[np.ndarray, "row joined"]:
         return np.stack([phi[:, of_column == number].sum(1) for number in range(len(joined))], axis=1)
 
-    with bar_of(1 + n_null + len(joined) + 2 ** len(_members(names)), "fit", progress) as bar:
+    length, domain = known["n_tokens"].to_numpy(float), codes(known["domain"].fillna("").to_numpy())
+    strata = {"": strata_of(length, domain=domain), "length": strata_of(length), "domain": domain}
+    held = {dropped.get("n_tokens", "n_tokens"): "domain", "domain": "length"}
+    within = [held.get(name, "") for name in joined]
+    # exchanged within strata, density still depends on what these are made of, which is not to be compared with
+    others = {kind: [held.get(name, kind) == kind for name in joined] for kind in dict.fromkeys(within)}
+    level = 1 - 0.05 / len(others)
+
+    with bar_of(1 + n_null * len(others) + len(joined) + 2 ** len(_members(names)), "fit", progress) as bar:
         own = fitting.explained(y)
         bar.update()
         r2, values = own.r2, by_covariate(own.phi)
-        null_r2, largest = [], []
-        for orders in exchanged(strata_of(known["n_tokens"].to_numpy(float), domain=domain), n_null, seed):
-            for order in orders:
-                by_chance = fitting.explained(y[order])
-                null_r2.append(by_chance.r2)
-                largest.append(np.abs(by_covariate(by_chance.phi)).mean(0).max())
+        null_r2, null = [], dict.fromkeys(others, np.nan)
+        for kind, compared in others.items():
+            by_chance = []
+            for order in chain.from_iterable(exchanged(strata[kind], n_null, seed)):
+                found = fitting.explained(y[order])
+                by_chance.append((found.r2, np.abs(by_covariate(found.phi)).mean(0)[compared].max()))
                 bar.update()
-        limit = float(np.quantile(null_r2, 0.95)) if null_r2 else 0.0
+            if by_chance:
+                at_most = np.quantile(by_chance, level, axis=0)
+                null_r2.append(float(at_most[0]))
+                null[kind] = float(at_most[1])
+        limit = min(null_r2, default=0.0)
         if not r2 > max(limit, 0.0):
             raise ValueError(
                 f"`table` must let density be predicted: R2 out of fold is {r2:.3f}, and {limit:.3f} would be chance. "
                 "There is nothing to explain."
             )
-        null = float(np.quantile(largest, 0.95)) if largest else np.nan
         again = np.array([np.abs(values[rows]).mean(0) for rows in resampled(document, n_bootstrap, seed)])
         bounds = [interval(column) for column in again.T] if len(again) else [(np.nan, np.nan)] * len(joined)
         rows = []
@@ -197,8 +210,9 @@ def shap_values(
             members = np.flatnonzero(of_column == number)
             mean = float(np.abs(values[:, number]).mean())
             rows.append({
-                "covariate": name, "mean_abs": mean, "low": bounds[number][0], "high": bounds[number][1], "null": null,
-                "counts": bool(mean > null), "permutation": fitting.permuted(members),
+                "covariate": name, "mean_abs": mean, "low": bounds[number][0], "high": bounds[number][1],
+                "null": null[within[number]], "counts": bool(mean > null[within[number]]),
+                "permutation": fitting.permuted(members),
                 "drop": r2 - fitting.without(members).r2(y),
             })  # fmt: skip
             bar.update()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tracedensity.ablate import ordinary_tokens
 from tracedensity.curve import DensityCurve
-from tracedensity.estimation import Estimation, density
+from tracedensity.estimation import Estimation, density, was_cut_short
 from tracedensity.files import circuit_file, curve_file, versions
 from tracedensity.loading import load_model
 from tracedensity.model import Site, Transformer, as_transformer
@@ -306,6 +306,8 @@ class Worker:
 
         def result(number: int) -> Asking[_Result]:
             curve = yield from self.estimation.curve(read[number].tokens, logits[number])
+            if was_cut_short(curve):  # the best so far would be taken for what a whole search finds
+                raise KeyboardInterrupt
             return _Result(curve_rows(curve), self._kept(first + number, curve))
 
         def asking() -> Iterator[Asking[_Result | str]]:
