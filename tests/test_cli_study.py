@@ -164,6 +164,22 @@ def test_what_is_no_sweep_is_one_sentence(tmp_path, capsys):
     assert "does not exist" in capsys.readouterr().err
 
 
+def test_nothing_asked_is_help_and_one_sweep_is_none_to_compare(folder, capsys):
+    assert main(["study"]) == 0
+    assert "\n  factors " in capsys.readouterr().out
+    assert main(["study", "compare", str(folder / "out")]) == 2
+    assert "`DIR` must be two or more sweeps" in capsys.readouterr().err
+
+
+def test_controls_are_named(folder, tmp_path, capsys):
+    asked = ["study", "factors", str(folder / "out"), "--bootstrap", "0", "--permutations", "0", "--controls"]
+    assert main([*asked, "entropy,margin", "--csv", str(tmp_path / "table.csv")]) == 0
+    found = pd.read_csv(tmp_path / "table.csv").set_index("covariate")["controls"]
+    assert {*found["n_tokens"]} == {"entropy, margin"} and {*found["margin"]} == {"entropy"}
+    assert main([*asked, "entropy,mood"]) == 2
+    assert "`controls` must be some of" in capsys.readouterr().err
+
+
 def test_counts_need_a_model_whose_tokens_they_are(folder, capsys):
     assert main(["study", "factors", str(folder / "out"), "--counts", str(folder / "tales.txt")]) == 2
     assert "`--counts` must come with `--model`" in capsys.readouterr().err

@@ -30,6 +30,9 @@ def test_verdicts_say_what_holds_everywhere_and_where_all_of_it_does():
     assert verdict_of({"x": yes, "y": some, "z": no}) == "It depends: everywhere x; nowhere z"
     assert verdict_of({"x": yes, "y": some}) == "It depends: everywhere x; all of it b"
     assert verdict_of({"x": {**yes, "c": False}}) == "It depends: all of it a, b"
+    # what was not asked of a sweep is not so of it
+    assert verdict_of({"x": {**yes, "c": False}, "y": no}) == "Not reproduced"
+    assert verdict_of({"x": {**yes, "c": False}, "y": {"a": False}}) == "Not reproduced"
     # a few that are so make no rule
     many = {str(number): number in (0, 1) for number in range(12)}
     assert verdict_of({"x": many, "y": {**many, "0": False, "1": False, "2": True}}) == "Not reproduced"

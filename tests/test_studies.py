@@ -97,6 +97,17 @@ def test_sizes_are_counted_in_several_ways():
         outcome_of(table, "nonsense")
 
 
+def test_a_lone_token_has_no_edges_but_of_the_first():
+    """Of which no later fraction is known: it is left out, or refused by name, and no mean is made of it."""
+    table = planted(40)
+    table.at[3, "from_first"] = [*table["from_first"][3][:-1], table["n_edges"][3]]
+    assert "later_fraction" not in set(td.study.factors(table, **FEW).table["outcome"])
+    for study in (td.study.shap_values, lambda table, **given: td.study.trend({"a": table, "b": table}, **given)):
+        with pytest.raises(ValueError, match="a prompt is a token alone, whose row may be left out"):
+            study(table, outcome="later_fraction")
+    assert np.isfinite(outcome_of(table.drop(index=3), "later_fraction")).all()
+
+
 def test_areas_do_not_jump_where_a_share_becomes_an_edge(tiny_gpt2):
     """That of the density papers' code does: what is below one edge, it counts as 1e-8 of all."""
     found = []

@@ -105,13 +105,13 @@ def of_sweep(model: str, corpus: str) -> str:
 def verdict_of(holds: Holds) -> str:
     """From what was asked, and of which sweeps it is so, a verdict and what it depends on.
 
-    It depends, where something that was asked is so of all sweeps, or all that was asked of some sweep is so of it.
+    It depends, where something that was asked is so of all sweeps, or all that was asked is so of some sweep.
     """
     sweeps = dict.fromkeys(sweep for where in holds.values() for sweep in where)
     said = {
         "everywhere": _everywhere(holds),
         "nowhere": [name for name, where in holds.items() if not any(where.values())],
-        "all of it": [sweep for sweep in sweeps if all(where.get(sweep, True) for where in holds.values())],
+        "all of it": [sweep for sweep in sweeps if all(where.get(sweep, False) for where in holds.values())],
     }
     if len(said["everywhere"]) == len(holds):
         return "Reproduced"

@@ -68,12 +68,11 @@ def find(sweeps: Sweeps) -> Finding:
     )  # fmt: skip
     figure.update_xaxes(title="faithfulness", tickvals=[*THRESHOLDS], range=[0.42, 0.98])
     figure.update_yaxes(title="share of all edges", **shares())
-    holds: Holds = {
-        estimator: {
-            f"{model}, {corpus}": word == "dense" for model, said in found.items() for corpus, word in said.items()
-        }
-        for estimator, found in words.items()
-    }
+    holds: Holds = {}  # of models, of which all of it is asked
+    for estimator, found in words.items():
+        for model, said in found.items():
+            for corpus, word in said.items():
+                holds.setdefault(f"{estimator}, {corpus}", {})[model] = word == "dense"
     few = min(int(row["contexts"]) for row in rows if row["estimator"] == "tight")
     names = {"published": "published", "tight": f"tight (of {few} contexts)"}
     kinds = "; ".join(f"{names[estimator]} {_said(found)}" for estimator, found in words.items())

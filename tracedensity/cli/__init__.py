@@ -786,7 +786,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     What the user can mend is one sentence on standard error and code 2; a bug keeps its traceback.
 
     Args:
-        arguments: The words after `tracedensity`; by default those of this process. None at all is `--help`.
+        arguments: The words after `tracedensity`; by default those of this process. No command at all is `--help`.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     _words[:] = words
@@ -795,7 +795,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # a token that the terminal cannot show is no error
     try:
         with _during:
-            code = command.main(words or ["--help"], prog_name="tracedensity", standalone_mode=False)
+            asked = [*words, "--help"] if words in ([], ["study"]) else words
+            code = command.main(asked, prog_name="tracedensity", standalone_mode=False)
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         hint = "" if context is None else f" Try '{context.command_path} --help'."

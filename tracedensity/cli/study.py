@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 study = typer.Typer(
     help="Ask something of the tables that `sweep` has written.",
-    no_args_is_help=True,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -243,6 +242,14 @@ def factors(
     folder: FolderArgument,
     outcome: OutcomesOption = None,
     threshold: ThresholdOption = None,
+    controls: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,...",
+            help="Covariates that partial correlations hold fixed.",
+            show_default="entropy,rarity_target,n_tokens",
+        ),
+    ] = None,
     counts: CountsOption = None,
     model: AskedModelOption = None,
     bootstrap: BootstrapOption = None,
@@ -260,6 +267,7 @@ def factors(
             **only_given(
                 outcomes=None if outcome is None else (outcome,), threshold=threshold, n_bootstrap=bootstrap,
                 n_permutations=permutations, seed=seed,
+                controls=None if controls is None else tuple(filter(None, controls.split(","))),
             ),
         )  # fmt: skip
     shown = dict.fromkeys(found.table["outcome"])
@@ -319,6 +327,8 @@ def compare(
     """Whether the same inputs are dense for different models."""
     require_folders(csv, html)
     with quiet():
+        if len(folders) < 2:
+            raise ValueError(f"`DIR` must be two or more sweeps, of models over the same prompts, got {folders[0]}.")
         tables = _by_model(folders)
         found = td.study.compare(
             tables,
@@ -461,6 +471,10 @@ def contents(
         float | None,
         typer.Option(metavar="F", help="Size of the circuits whose components are counted.", show_default="0.01"),
     ] = None,
+    null: Annotated[
+        int | None,
+        typer.Option("--null", metavar="N", min=0, help="How often components are drawn.", show_default="1000"),
+    ] = None,
     bootstrap: BootstrapOption = None,
     seed: SeedOption = None,
     rows: Annotated[
@@ -472,7 +486,7 @@ def contents(
     """What circuits hold: parts and layers, components that come again, what small ones predict, phases."""
     require_folders(csv, html)
     with quiet():
-        found = td.study.contents(folder, **only_given(share=share, n_bootstrap=bootstrap, seed=seed))
+        found = td.study.contents(folder, **only_given(share=share, n_null=null, n_bootstrap=bootstrap, seed=seed))
         kinds = ("composition", "layers", "recurrence", "prediction", "phases")
     written = {"sizes": found.by_size, "recurrence": found.recurrence}[rows]
     _finish("What circuits hold", found, written, csv, html, [found.plot(each) for each in kinds] if html else [])

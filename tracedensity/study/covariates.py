@@ -171,7 +171,7 @@ def outcome_of(table: Any, name: str, threshold: float | int = 0.9) -> Float[np.
     if name not in known_outcomes(table):
         raise ValueError(
             f"`outcome` must be one that the sweep tells, {known_outcomes(table)}, got {name!r}: tokens are no nodes "
-            "there."
+            "there, or a prompt is a token alone, whose row may be left out."
         )
     require_thresholds((threshold,))
     curves = zip(table["sizes"], table["faithfulness"], strict=True)
@@ -180,8 +180,9 @@ def outcome_of(table: Any, name: str, threshold: float | int = 0.9) -> Float[np.
 
 
 def known_outcomes(table: Any) -> list[str]:
-    """The outcomes that a sweep tells: on the component graph, no edge leaves a token."""
+    """The outcomes that a sweep tells: on the component graph, no edge leaves a token, and all leave a lone one."""
     told = "from_first" in table.columns and table["from_first"].notna().all()
+    told = told and all(own < n for own, n in zip(_from_first(table), table["n_edges"], strict=True))
     return [name for name in OUTCOMES if name != "later_fraction" or told]
 
 
@@ -200,9 +201,13 @@ def _components(table: Any, point: Int[np.ndarray, " row"]) -> Float[np.ndarray,
 
 
 def _later(table: Any, point: Int[np.ndarray, " row"]) -> Float[np.ndarray, " row"]:
-    n_later = table["n_edges"].to_numpy(float) - _at(table, "from_first", np.full_like(point, -1))
     later = _at(table, "sizes", point) - _at(table, "from_first", point)
-    return np.maximum(later, 1) / np.where(n_later, n_later, np.nan)
+    return np.maximum(later, 1) / (table["n_edges"].to_numpy(float) - _from_first(table))
+
+
+def _from_first(table: Any) -> Float[np.ndarray, " row"]:
+    """Edges of each whole graph that leave the first token."""
+    return np.array([float(each[-1]) for each in table["from_first"]])
 
 
 _COUNTED: Mapping[str, Callable[[Any, np.ndarray], np.ndarray]] = {

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from math import inf
 from operator import index
 from os import PathLike
 from os.path import isfile
@@ -154,6 +155,8 @@ def sweep(
             "`model` must be a name or a folder for several processes, each of which loads it, got a model. Save it in "
             "a folder, or take `workers=1`."
         )
+    if not 0 <= gpus < inf:
+        raise ValueError(f"`gpus` must be 0 or more for each actor, a share of one such as 0.5 among them, got {gpus}.")
     if gpus and engine != "ray":
         raise ValueError(
             '`gpus` must be left out without `engine="ray"`, whose actors they are for. `loading={"device": "cuda"}` '
