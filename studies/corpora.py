@@ -17,8 +17,6 @@ WORDS = 20
 LENGTHS = (8, 16, 32, 64)
 """Tokens of nested contexts."""
 
-CORPORA = ("wikitext", "books")
-
 THRESHOLDS = (0.5, 0.8, 0.9)
 """Faithfulnesses at which sizes are taken."""
 
@@ -120,6 +118,8 @@ DOCUMENTS: Mapping[str, int] = {"wikitext": 50, "books": 9}
 """From so many articles, or books, as many contexts each; WikiText's test part has some articles more, for those that
 are short.
 """
+
+CORPORA = (*DOCUMENTS,)
 
 
 def studies(n: int) -> list[Study]:

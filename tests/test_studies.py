@@ -3,6 +3,7 @@
 import gzip
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import permutations
 from math import factorial
@@ -939,6 +940,15 @@ def test_figures_of_shapley_values_show_every_prompt(explained):
     np.testing.assert_allclose(np.sort(dots.x), np.sort(explained.covariates["rarity_target"]))
     with pytest.raises(ValueError, match="`covariate` must be"):
         explained.plot("nonsense")
+
+
+def test_figures_of_many_shapley_values_show_as_many_as_a_browser_can(explained):
+    many = {name: pd.concat([getattr(explained, name)] * 8, ignore_index=True) for name in ("values", "covariates")}
+    found = replace(explained, **many)
+    for figure in (found.plot(), found.plot("rarity_target")):
+        drawn: Any = [trace for trace in figure.data if trace.mode == "markers" and trace.x[0] is not None]
+        assert {len(trace.x) for trace in drawn} == {1000}
+        assert "1,000 of 1,280 prompts" in figure.layout.title.subtitle.text
 
 
 def test_values_add_up_to_predictions(explained):

@@ -143,8 +143,9 @@ def density(
     options = {name: value for name, value in locals().items() if name not in ("model", "prompt", "attention_mask")}
     estimation = Estimation(as_transformer(model), **options)
     prompts = several_prompts(prompt, attention_mask)
-    if prompts is not None and graph == "token":
-        curves = list(estimation.curves(prompts))
+    several = prompts if graph == "token" else None  # on the component graph they are one task
+    if several is not None:
+        curves = list(estimation.curves(several))
     elif attention_mask is not None:
         task = Task(clean=prompts, position=position, name="")
         curves = [alone(replace(estimation, position=-1).curve(task))]
@@ -155,8 +156,7 @@ def density(
             "interrupted: thresholds that were not searched for have circuits of rankings"
             + (", and nothing is said of robust ones." if robust and curve.robust is None else ".")
         )
-    several = prompts is not None and graph == "token" and getattr(prompt, "ndim", 0) != 1
-    return curves if several else curves[0]
+    return curves if several is not None and getattr(prompt, "ndim", 0) != 1 else curves[0]
 
 
 def was_cut_short(curve: DensityCurve) -> bool:

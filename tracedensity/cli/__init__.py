@@ -795,6 +795,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # a token that the terminal cannot show is no error
     try:
         with _during:
+            # commands and no command: help is no error
             asked = [*words, "--help"] if words in ([], ["study"]) else words
             code = command.main(asked, prog_name="tracedensity", standalone_mode=False)
     except typer.TyperException as error:

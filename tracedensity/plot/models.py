@@ -41,15 +41,17 @@ def plot_models(comparison: "Comparison", *, theme: Theme | str = "light") -> go
     require_result("comparison", comparison, Comparison, "`td.study.compare(tables)`")
     table: Any = comparison.table
     names = [plain(each, 18) for each in comparison.matrix.columns]
-    shown = [*map(label, names)]
+    ticks = {"tickvals": [*range(len(names))], "ticktext": [*map(label, names)]}  # names may be alike once shortened
+    whole = [label(plain(each)) for each in comparison.matrix.columns]
     matrix = comparison.matrix.to_numpy(float)
     upper, lower = max(120, 44 * len(names)), _ROW * max(3, len(table))
     figure = make_subplots(
         rows=2, cols=1, row_heights=[upper, lower], vertical_spacing=min(0.4, 96 / (upper + lower + 96))
     )
     figure.add_heatmap(
-        z=matrix, x=shown, y=shown, zmin=-1, zmax=1, colorscale=colour_scale(DIVERGING), showscale=False,
-        texttemplate="%{z:.2f}", hovertemplate="%{y}, %{x}: %{z:.3f}<extra></extra>", xgap=1, ygap=1, row=1, col=1,
+        z=matrix, zmin=-1, zmax=1, colorscale=colour_scale(DIVERGING), showscale=False,
+        texttemplate="%{z:.2f}", customdata=[[f"{a}, {b}" for b in whole] for a in whole],
+        hovertemplate="%{customdata}: %{z:.3f}<extra></extra>", xgap=1, ygap=1, row=1, col=1,
     )  # fmt: skip
     place = np.arange(len(table))[::-1]
     looks = (
@@ -72,8 +74,8 @@ def plot_models(comparison: "Comparison", *, theme: Theme | str = "light") -> go
         )  # fmt: skip
     pairs = [label(f"{plain(a, 12)}, {plain(b, 12)}") for a, b in zip(table["a"], table["b"], strict=True)]
     figure.update_yaxes(tickvals=place, ticktext=pairs, range=[-0.6, len(table) - 0.4], row=2, col=1)
-    figure.update_yaxes(autorange="reversed", row=1, col=1)
-    figure.update_xaxes(tickangle=0, row=1, col=1)
+    figure.update_yaxes(autorange="reversed", **ticks, row=1, col=1)
+    figure.update_xaxes(tickangle=0, **ticks, row=1, col=1)
     figure.update_xaxes(title="Spearman correlation", range=[-1.02, 1.02], row=2, col=1)
     return finished(
         figure, "Are the same inputs dense for different models?",

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _ROW = 44  # px per covariate
 _BINS = 60
 _POINTS = 1000
-"""Prompts that are drawn, since browsers have few canvases for WebGL, and a page has more figures."""
+"""Prompts that are drawn, without WebGL: a browser has fewer canvases for it than a page has figures."""
 
 
 def plot_shap(values: "ShapValues", *, theme: Theme | str = "light") -> go.Figure:
@@ -68,7 +68,7 @@ def plot_shap(values: "ShapValues", *, theme: Theme | str = "light") -> go.Figur
         figure, "What a regression of density draws on",
         [f"R² out of fold {values.r2:.2f}", _prompts(values), f"{values.n_documents} documents"],
         plot_height=_ROW * max(3, len(names)), theme=theme, left=140, right=84,
-        remark="It explains the regression, not the model. * no more than chance gives the largest of all.",
+        remark="It explains the regression, not the model. * no more than chance gives the largest of those compared.",
     )  # fmt: skip
 
 
@@ -111,8 +111,7 @@ def _require(values: object) -> None:
 
 def _drawn(n_prompts: int) -> Int[np.ndarray, " point"]:
     """Which prompts are drawn; always the same."""
-    some = np.random.default_rng(0).permutation(n_prompts)[:_POINTS]
-    return np.sort(some)
+    return np.sort(np.random.default_rng(0).permutation(n_prompts)[:_POINTS])
 
 
 def _prompts(values: "ShapValues") -> str:

@@ -12,12 +12,14 @@ from tracedensity.study.covariates import (
     NUMERIC,
     READ,
     asked_outcomes,
+    held_for,
     numbers,
     outcome_of,
     require_prompts,
+    strata_held,
     with_covariates,
 )
-from tracedensity.study.statistics import Pair, Sample, codes, holm, require_draws, strata_of
+from tracedensity.study.statistics import Pair, Sample, codes, holm, require_draws
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -113,16 +115,13 @@ def factors(
     covariates = [*columns]
     y = {f"outcome {name}": outcome_of(known, name, threshold) for name in outcomes}
     document = codes(known["document"].astype(str).to_numpy())
-    length, domain = known["n_tokens"].to_numpy(float), codes(known["domain"].fillna("").to_numpy())
-    strata = {"": strata_of(length, domain=domain), "length": strata_of(length), "domain": domain}
-    sample = Sample(document, strata, n_bootstrap, n_permutations, seed)
+    sample = Sample(document, strata_held(known), n_bootstrap, n_permutations, seed)
     rows, pairs = [], []
     for name in outcomes:
         for covariate in covariates:
             given = tuple(each for each in held if each != covariate)
             rows.append({"outcome": name, "covariate": covariate, "controls": ", ".join(given)})
-            within = "domain" if covariate == "n_tokens" else "" if covariate in NUMERIC else "length"
-            pairs += [Pair(covariate, f"outcome {name}", each, within) for each in ((), given)]
+            pairs += [Pair(covariate, f"outcome {name}", each, held_for(covariate)) for each in ((), given)]
     found = sample.correlations({**columns, **y}, pairs)
     for row, plain, partial in zip(rows, found[::2], found[1::2], strict=True):
         row |= {"rho": plain.rho, "low": plain.low, "high": plain.high, "p": plain.p, "n": plain.n}

@@ -15,6 +15,7 @@ from tracedensity.model import Transformer, as_transformer
 from tracedensity.setting import rows_at_once
 from tracedensity.study.counts import Counts
 from tracedensity.study.grid import grid_area
+from tracedensity.study.statistics import codes, strata_of
 from tracedensity.study.table import prediction_row
 
 NUMERIC: Mapping[str, str] = {
@@ -224,6 +225,17 @@ _NEEDED: Mapping[str, tuple[str, ...]] = {
     "component_share": ("entered",), "later_fraction": ("n_edges",),
 }  # fmt: skip
 """Columns of outcomes beside those of curves; that of `later_fraction` may be left out, as it is of some graphs."""
+
+
+def held_for(covariate: str) -> str:
+    """What is held while prompts are exchanged to try a covariate, of `strata_held`."""
+    return "domain" if covariate == "n_tokens" else "" if covariate in NUMERIC else "length"
+
+
+def strata_held(table: Any) -> dict[str, Int[np.ndarray, " row"]]:
+    """Strata of prompts by what is held: length and domain of the text (""), or one of them."""
+    length, domain = table["n_tokens"].to_numpy(float), codes(table["domain"].fillna("").to_numpy())
+    return {"": strata_of(length, domain=domain), "length": strata_of(length), "domain": domain}
 
 
 def numbers(table: Any) -> dict[str, Float[np.ndarray, " row"]]:

@@ -16,9 +16,11 @@ from tracedensity.study.counts import Counts
 from tracedensity.study.covariates import (
     NUMERIC,
     READ,
+    held_for,
     numbers,
     outcome_of,
     require_prompts,
+    strata_held,
     with_covariates,
 )
 from tracedensity.study.progress import bar_of
@@ -29,7 +31,6 @@ from tracedensity.study.statistics import (
     rank_correlations,
     require_draws,
     resampled,
-    strata_of,
 )
 
 if TYPE_CHECKING:
@@ -174,12 +175,10 @@ def shap_values(
     def by_covariate(phi: Float[np.ndarray, "row column"]) -> Float[np.ndarray, "row joined"]:
         return np.stack([phi[:, of_column == number].sum(1) for number in range(len(joined))], axis=1)
 
-    length, domain = known["n_tokens"].to_numpy(float), codes(known["domain"].fillna("").to_numpy())
-    strata = {"": strata_of(length, domain=domain), "length": strata_of(length), "domain": domain}
-    held = {dropped.get("n_tokens", "n_tokens"): "domain", "domain": "length"}
-    within = [held.get(name, "") for name in joined]
+    strata = strata_held(known)
+    within = [held_for("n_tokens" if name == dropped.get("n_tokens") else name) for name in joined]
     # exchanged within strata, density still depends on what these are made of, which is not to be compared with
-    others = {kind: [held.get(name, kind) == kind for name in joined] for kind in dict.fromkeys(within)}
+    others = {held: [each in (held, "") for each in within] for held in dict.fromkeys(within)}
     level = 1 - 0.05 / len(others)
 
     with bar_of(1 + n_null * len(others) + len(joined) + 2 ** len(_members(names)), "fit", progress) as bar:
@@ -187,16 +186,16 @@ def shap_values(
         bar.update()
         r2, values = own.r2, by_covariate(own.phi)
         null_r2, null = [], dict.fromkeys(others, np.nan)
-        for kind, compared in others.items():
+        for held, compared in others.items():
             by_chance = []
-            for order in chain.from_iterable(exchanged(strata[kind], n_null, seed)):
+            for order in chain.from_iterable(exchanged(strata[held], n_null, seed)):
                 found = fitting.explained(y[order])
                 by_chance.append((found.r2, np.abs(by_covariate(found.phi)).mean(0)[compared].max()))
                 bar.update()
             if by_chance:
                 at_most = np.quantile(by_chance, level, axis=0)
                 null_r2.append(float(at_most[0]))
-                null[kind] = float(at_most[1])
+                null[held] = float(at_most[1])
         limit = min(null_r2, default=0.0)
         if not r2 > max(limit, 0.0):
             raise ValueError(
