@@ -73,7 +73,7 @@ def main(
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads")
     print("times the plain forward pass (peak memory beside the weights, MiB)\n")
     header = ["norm", "flow", "rank", "26 sizes", "density"]
-    print(f"{'model':18}{'tokens':>7}{'edges':>9}{'forward':>10}" + "".join(f"{name:>16}" for name in header))
+    print(f"{'model':18}{'tokens':>7}{'edges':>11}{'forward':>10}" + "".join(f"{name:>16}" for name in header))
     for name in models.split(","):
         model = build(name, device)
         rows = {}
@@ -81,14 +81,14 @@ def main(
             forward, costs = rows[n_tokens] = measured(model, n_tokens)
             cells = "".join(f"{costs[h].seconds / forward:>8.1f} ({costs[h].bytes / 2**20:>5.0f})" for h in header)
             n_edges = td.attribute(model, prompt_of(model, n_tokens), method="random").graph.n_edges
-            print(f"{name:18}{n_tokens:>7}{n_edges:>9,}{forward * 1e3:>8.1f}ms" + cells, flush=True)
+            print(f"{name:18}{n_tokens:>7}{n_edges:>11,}{forward * 1e3:>8.1f}ms" + cells, flush=True)
         if len(lengths) > 1:
             short, long = min(lengths), max(lengths)
             growth = math.log(long / short)
             exponents = [math.log(rows[long][1][h].seconds / rows[short][1][h].seconds) / growth for h in header]
             forward = math.log(rows[long][0] / rows[short][0]) / growth
             cells = "".join(f"{exponent:>8.2f}{'':8}" for exponent in exponents)
-            print(f"{name:18}{'growth exponent':>16}{forward:>10.2f}  {cells}\n", flush=True)
+            print(f"{name:18}{'growth exponent':>18}{forward:>10.2f}  {cells}\n", flush=True)
 
 
 if __name__ == "__main__":
